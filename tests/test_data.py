@@ -1,0 +1,464 @@
+"""Readers of every published file format, what they refuse, and Parquet files of our own.
+
+The data sets cannot be downloaded here: each test writes a small file of exactly the published shape.
+"""
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data import Record, check_images, load_records, open_image, save_records
+
+
+def png(color="red", size=(8, 6), mode="RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that only claims its size: what a decompression bomb looks like before it is decoded."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return start + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def jsonl(path: Path, *rows: dict | str) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def parquet(path: Path, *rows: dict) -> str:
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return str(path)
+
+
+def plain(number: int, **more) -> dict:
+    return {"id": f"q{number}", "question": f"What is {number} + 1?", "answer": str(number + 1), **more}
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_lmm_r1_message_is_a_json_string_with_file_urls(tmp_path):
+    (tmp_path / "a b.png").write_bytes(png())
+    chat = [{"role": "system", "content": "Answer in French."},
+            {"role": "user", "content": [{"type": "image", "image": f"file://{tmp_path}/a b.png"},
+                                         {"type": "text", "text": "How many sides?"}]}]
+    row = {"message": json.dumps(chat), "question": "How many sides?", "answer": "$3$"}
+    (record,) = load_records(jsonl(tmp_path / "mm.jsonl", row))
+    assert record.id == "mm-1" and record.answer == "3"
+    assert record.question == "<image>How many sides?"  # the system message of others is dropped: we set our own
+    assert record.images == (str(tmp_path / "a b.png"),)
+
+
+def test_lmm_r1_parquet_with_its_picture_in_a_column(tmp_path):
+    """R1-Reward-RL keeps the picture beside the chat, whose image part is bare, and a list of answers."""
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sides?"}]}]
+    row = {"message": json.dumps(chat), "answer": ["$3$", "three"], "image": {"bytes": png(), "path": None}}
+    (record,) = load_records(parquet(tmp_path / "mm.parquet", row))
+    assert record.images == (png(),) and record.answer == ("3", "three")
+
+
+@pytest.mark.parametrize("image", ["geo/1.png", ["geo/1.png"]])
+def test_llava_conversations_with_one_picture_or_a_list(tmp_path, image):
+    (tmp_path / "geo").mkdir()
+    (tmp_path / "geo/1.png").write_bytes(png())
+    rows = [{"id": 7, "image": image, "conversations": [{"from": "human", "value": "<image>\nWhich is red?"},
+                                                        {"from": "gpt", "value": "The answer is B"}]}]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    (record,) = load_records(str(tmp_path / "llava.json"))
+    assert (record.id, record.question, record.answer) == ("7", "<image>\nWhich is red?", "B")
+    assert record.images == (str(tmp_path / "geo/1.png"),)
+
+
+def test_llava_dialogue_is_refused_rather_than_cut_to_its_first_question(tmp_path):
+    turns = [{"from": who, "value": "3"} for who in ("human", "gpt", "human", "gpt")]
+    with pytest.raises(ValueError, match="line 1: its conversation has 4 turns"):
+        load_records(jsonl(tmp_path / "x.jsonl", {"conversations": turns}))
+
+
+def test_verl_parquet(tmp_path):
+    row = {"data_source": "geometry3k", "prompt": [{"content": "<image>Find x.", "role": "user"}],
+           "images": [{"bytes": png(), "path": None}], "ability": "math",
+           "reward_model": {"ground_truth": "2 \\sqrt { 221 }", "style": "rule"},
+           "extra_info": {"index": 0, "split": "train"}}
+    (record,) = load_records(parquet(tmp_path / "verl.parquet", row))
+    assert record == Record(id="verl-1", question="<image>Find x.", answer="2 \\sqrt { 221 }", images=(png(),),
+                            source="geometry3k")
+
+
+@pytest.mark.parametrize("solution, gold", [
+    ("<think>so</think><answer> 12 </answer>", "12"),
+    ("First \\boxed{1}, in all \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),  # braces inside the box
+    ("<answer>\\boxed{5}</answer>", "5"),
+    ("12", "12"),
+])
+def test_trl_chat_with_gold_in_its_solution(tmp_path, solution, gold):
+    row = {"prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is half?"}],
+           "image": {"bytes": png(), "path": "1.png"}, "solution": solution}
+    (record,) = load_records(parquet(tmp_path / "trl.parquet", row))
+    assert (record.question, record.answer, record.images) == ("What is half?", gold, (png(),))
+
+
+def test_trl_parts_that_passed_through_datasets_are_null_filled(tmp_path):
+    """Every part then has every key: {"type": "image", "text": None}. A reader that asks for keys, not for `type`,
+    takes the picture for a text."""
+    content = [{"type": "image"}, {"type": "text", "text": "What is "}, {"type": "image"},
+               {"type": "text", "text": " here?"}]
+    data = datasets.Dataset.from_list([{
+        "prompt": [{"role": "user", "content": content}], "solution": "12",
+        "images": [Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")]}])
+    assert data[0]["prompt"][0]["content"][0]["text"] is None  # what this test is about
+    data.to_parquet(tmp_path / "trl.parquet")
+    (record,) = load_records(str(tmp_path / "trl.parquet"))
+    assert record.question == "<image>What is <image> here?"
+    assert [open_image(image, record.id).getpixel((0, 0)) for image in record.images] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_trl_solution_without_a_final_answer_is_refused(tmp_path):
+    """A derivation taken as the gold would make every response wrong, in silence."""
+    row = {"prompt": [{"role": "user", "content": "Half of 4?"}], "solution": "We halve it.\nSo it is 2."}
+    with pytest.raises(ValueError, match="add the final answer as `answer`"):
+        load_records(jsonl(tmp_path / "x.jsonl", row))
+
+
+@pytest.mark.parametrize("picture, inside", [
+    ({"bytes": png(), "path": "a.png"}, True), ({"bytes": None, "path": "a.png"}, False), ("a.png", False), (png(), True),
+], ids=["struct", "struct without bytes", "path", "bytes"])
+def test_easyr1_pictures_as_struct_path_or_bytes(tmp_path, picture, inside):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"problem": "<image>Find x.", "answer": "3", "images": [picture]}
+    (record,) = load_records(parquet(tmp_path / "easy.parquet", row))
+    assert (record.question, record.answer) == ("<image>Find x.", "3")
+    assert record.images == ((png(),) if inside else (str(tmp_path / "a.png"),))
+
+
+def test_multimodal_open_r1_gold_is_inside_the_answer_tag(tmp_path):
+    row = {"image": {"bytes": png(), "path": None}, "problem": "Which?\nA. 1\nB. 2", "original_answer": "It is B",
+           "solution": "<think>B, since</think>\n\n<answer>B</answer>"}
+    (record,) = load_records(parquet(tmp_path / "open.parquet", row))
+    assert (record.question, record.answer, record.images) == ("Which?\nA. 1\nB. 2", "B", (png(),))
+
+
+def test_our_own_rows_in_full_and_with_the_two_keys_that_are_needed(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    full = {"id": "a", "question": "Q?", "answer": ["1", "one"], "images": ["a.png"], "choices": ["1", 2],
+            "answer_type": "text", "source": "me", "precision": 2.0, "difficulty": 0.25, "complexity": 90, "stage": 3,
+            "meta": {"level": 5}}
+    record, least = load_records(jsonl(tmp_path / "own.jsonl", full, {"question": "1 + 1?", "answer": 2}))
+    assert record == Record("a", "Q?", ("1", "one"), (str(tmp_path / "a.png"),), ("1", "2"), "text", "me", precision=2,
+                            difficulty=0.25, complexity=90.0, stage=3, meta={"level": 5})
+    assert isinstance(record.precision, int) and isinstance(record.complexity, float)
+    assert least == Record("own-2", "1 + 1?", "2")
+
+
+def test_a_single_picture_may_stand_under_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (record,) = load_records(jsonl(tmp_path / "own.jsonl", plain(1, image="a.png")))
+    assert record.images == (str(tmp_path / "a.png"),)
+
+
+def test_vlmevalkit_table(tmp_path):
+    """Pictures in base64 are longer than csv's 128 KiB, and a repeated one is the index of the row that holds it."""
+    noise = io.BytesIO()
+    Image.effect_noise((500, 500), 90).save(noise, format="PNG")
+    code = base64.b64encode(noise.getvalue()).decode()
+    assert len(code) > 131072
+    two = str([code, base64.b64encode(png()).decode()])
+    (tmp_path / "MMBench.tsv").write_text(
+        "index\timage\tquestion\thint\tA\tB\tC\tanswer\tcategory\n"
+        f'0\t{code}\t"Two\nlines?"\tLook.\tred\tblue\t\tB\tcolour\n'
+        "1000000\t0\tAgain?\t\tred\tblue\tgreen\tC\t\n"
+        f'2\t"{two}"\tHow many?\t\t\t\t\t2\tcount\n'
+        "3\t\t1 + 1?\t\t\t\t\t2\t\n")
+    first, again, both, bare = load_records(str(tmp_path / "MMBench.tsv"))
+    assert first == Record("0", "Hint: Look.\nTwo\nlines?", "B", (noise.getvalue(),), ("red", "blue"),
+                           first.answer_type, meta={"category": "colour"})
+    assert again.id == "1000000" and again.images == first.images and again.choices == ("red", "blue", "green")
+    assert both.images == (noise.getvalue(), png()) and both.choices == ()
+    assert bare.images == ()
+
+
+def test_vlmevalkit_row_with_broken_base64_is_one_bad_record(tmp_path, capsys):
+    (tmp_path / "x.tsv").write_text("index\timage\tquestion\tanswer\n0\t*\tQ?\t1\n1\t\tQ?\t1\n")
+    assert [record.id for record in load_records(str(tmp_path / "x.tsv"), skip_bad=True)] == ["1"]
+    assert "x.tsv, record 1: " in capsys.readouterr().err
+
+
+def test_a_row_of_several_formats_is_read_in_the_published_order(tmp_path):
+    """verl rows have a `prompt` too, lmm-r1 rows a `question`: the wrong reader would find no gold, or no picture."""
+    chat = [{"role": "user", "content": "of the chat"}]
+    rows = [{"message": json.dumps(chat), "question": "bare", "answer": "1"},
+            {"prompt": chat, "problem": "bare", "reward_model": {"ground_truth": "2"}, "answer": "9"},
+            {"prompt": chat, "problem": "bare", "solution": "3"}]
+    records = load_records(jsonl(tmp_path / "x.jsonl", *rows))
+    assert [(r.question, r.answer) for r in records] == [("of the chat", str(i)) for i in (1, 2, 3)]
+
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_reads_its_files_in_order_of_name_and_a_ladder_only_its_ladder(tmp_path):
+    jsonl(tmp_path / "b.jsonl", plain(2))
+    (tmp_path / "a.json").write_text(json.dumps([plain(1)]))
+    (tmp_path / "README.md").write_text("not data")
+    assert [record.id for record in load_records(str(tmp_path))] == ["q1", "q2"]
+    parquet(tmp_path / "ladder.parquet", plain(3))
+    assert [record.id for record in load_records(str(tmp_path))] == ["q3"]
+
+
+def test_hub_id_with_split(monkeypatch):
+    """Rows come undecoded: the bytes that were uploaded, not a PIL image made from them."""
+    asked = []
+    features = datasets.Features(problem=datasets.Value("string"), answer=datasets.Value("string"),
+                                 images=[datasets.Image()])
+    picture = {"bytes": png(), "path": "x.png"}
+    rows = [{"problem": f"<image>{i}?", "answer": str(i), "images": [picture]} for i in range(3)]
+    data = datasets.Dataset.from_list(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or data)
+    records = load_records("hiyouga/geometry3k@train", limit=2)
+    assert asked == [("hiyouga/geometry3k", "train")]
+    assert [(r.question, r.images) for r in records] == [("<image>0?", (png(),)), ("<image>1?", (png(),))]
+
+
+def test_hub_trouble_names_the_id(monkeypatch):
+    def offline(name, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match="org/name@train: neither a file, nor .* hub: no network"):
+        load_records("org/name@train")
+
+
+def test_limit_stops_reading_before_later_faults(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", plain(1), plain(2), "{broken")
+    assert [record.id for record in load_records(path, limit=2)] == ["q1", "q2"]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_image_marks_must_equal_pictures(tmp_path):
+    """A mark too few or too many would shift every later picture to another place, or crash the model mid-run."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"problem": "<image><image> Same?", "answer": "1", "images": ["a.png"]},
+            {"problem": "<image> Same?", "answer": "1"},
+            plain(3, choices=["<image>", "<image>"], images=["a.png"])]  # options may be pictures
+    with pytest.raises(ValueError) as error:
+        load_records(jsonl(tmp_path / "x.jsonl", *rows))
+    for line, marks, pictures in ((1, 2, 1), (2, 1, 0), (3, 2, 1)):
+        assert f"line {line}: {marks} <image> marks for {pictures} pictures" in str(error.value)
+
+
+def test_numbered_image_marks_of_mathvision_are_text(tmp_path):
+    """MathVision names <image1>..<image7> and has ONE merged picture."""
+    (tmp_path / "a.png").write_bytes(png())
+    row = plain(1, question="Which of <image1> to <image7>?\n<image 2>", images=["a.png"])
+    (record,) = load_records(jsonl(tmp_path / "x.jsonl", row))
+    assert record.question == "Which of <image1> to <image7>?\n<image 2>" and len(record.images) == 1
+
+
+@pytest.mark.parametrize("how", ["..", "absolute", "file:", "symlink", "sibling"])
+def test_pictures_outside_the_folder_are_refused(tmp_path, how):
+    """A data set of others must not make us open any file of this machine."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "data-private").mkdir()  # its path begins as the folder's does
+    for secret in (tmp_path / "secret.png", tmp_path / "data-private/secret.png"):
+        secret.write_bytes(png())
+    (data / "link.png").symlink_to(tmp_path / "secret.png")
+    path = {"..": "../secret.png", "absolute": str(tmp_path / "secret.png"), "file:": f"file://{tmp_path}/secret.png",
+            "symlink": "link.png", "sibling": "../data-private/secret.png"}[how]
+    with pytest.raises(ValueError, match="is outside .*data; move the pictures beside the file"):
+        load_records(jsonl(data / "x.jsonl", plain(1, images=[path])))
+
+
+def test_absolute_and_dotted_paths_inside_the_folder_are_fine(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    row = plain(1, images=[str(tmp_path / "a.png"), "./b/../a.png"])
+    (record,) = load_records(jsonl(tmp_path / "x.jsonl", row))
+    assert record.images == (str(tmp_path / "a.png"),) * 2
+
+
+def test_pictures_on_the_web_are_not_fetched(tmp_path):
+    with pytest.raises(ValueError, match="is on the web; download it"):
+        load_records(jsonl(tmp_path / "x.jsonl", plain(1, image="https://example.com/a.png")))
+
+
+def test_all_bad_records_are_told_at_once_with_their_lines(tmp_path):
+    rows = ["{broken", plain(1), "", {"query": "Q?", "gold": 1}, plain(1), plain(2, question=" "), "[1]",
+            plain(3, options=["1"]), plain(4, answer=None), plain(5, stage="low"), plain(6, precision=2.5)]
+    path = jsonl(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(ValueError) as error:
+        load_records(path)
+    told = str(error.value)
+    assert told.startswith(f"{path}: 9 of 10 records cannot be used:") and told.endswith("or pass --skip-bad")
+    for line, what in ((1, "Expecting property name"), (4, "the keys 'query', 'gold' are of no known format"),
+                       (5, "the id 'q1' is taken"), (6, "its question is empty"), (7, "not a list"),
+                       (8, "options: no fields of a record"), (9, "its gold answer is None"),
+                       (10, "'low'"), (11, "its precision is 2.5")):
+        assert f"{path}, line {line}: " in told and what in told.split(f"line {line}: ")[1].split("\n")[0]
+    assert "`problem` (EasyR1" in told  # the formats known
+
+
+def test_only_ten_bad_records_are_listed(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_records(jsonl(tmp_path / "x.jsonl", *["{"] * 13))
+    assert "13 of 13 records" in str(error.value) and "line 10: " in str(error.value)
+    assert "line 11: " not in str(error.value) and "and 3 more" in str(error.value)
+
+
+def test_skip_bad_keeps_the_good_and_prints_what_it_drops(tmp_path, capsys):
+    path = jsonl(tmp_path / "x.jsonl", plain(1), "{broken", plain(1), plain(2))
+    assert [record.id for record in load_records(path, skip_bad=True)] == ["q1", "q2"]
+    told = capsys.readouterr().err
+    assert f"dropped: {path}, line 2: " in told and f"dropped: {path}, line 3: " in told
+    assert f"{path}: 2 of 4 records cannot be used and were dropped" in told
+
+
+def test_skip_bad_does_not_return_nothing(tmp_path):
+    with pytest.raises(ValueError, match="1 of 1 records"):
+        load_records(jsonl(tmp_path / "x.jsonl", "{broken"), skip_bad=True)
+
+
+def test_empty_gold_and_lone_surrogate_are_bad_records(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", plain(1, answer=" "), plain(2, question="\ud83d?"), plain(3, answer=[]))
+    with pytest.raises(ValueError) as error:
+        load_records(path)
+    assert "3 of 3" in str(error.value) and "line 2: 'utf-8' codec can't encode" in str(error.value)
+
+
+@pytest.mark.parametrize("row", [{"message": [{"role": "user"}], "answer": "1"}, {"conversations": "Q?"},
+                                 {"reward_model": {"style": "rule"}, "prompt": "Q?"},
+                                 {"prompt": [{"role": "user", "content": [{"text": "no type"}]}], "answer": "1"},
+                                 {"problem": "Q?", "answer": "1", "images": 3}])
+def test_a_row_unlike_its_format_is_told_and_no_crash(tmp_path, row):
+    with pytest.raises(ValueError, match="line 1: it is not as .* writes"):
+        load_records(jsonl(tmp_path / "x.jsonl", row))
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("x.jsonl", None, "no such file"), ("x.jsonl", b"", "the file is empty"), ("x.jsonl", b"\n\n", "holds no records"),
+    ("x.json", b"[]", "holds no records"), ("x.json", b'{"question": "Q?"}', "holds one object"),
+    ("x.json", b'{"question": 1}\n{"question": 2}', "Extra data: line 2"),
+    ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "cannot be read: Parquet magic bytes not found"),
+    ("x.parquet", b"", "the file is empty"), ("x.csv", b"question,answer\n", "not .jsonl, .json, .parquet or .tsv"),
+    ("x.tsv", b"question\tgold\nQ?\t1\n", "no column answer, index")])
+def test_files_that_are_not_what_they_say_are_named(tmp_path, name, content, told):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_records(str(path))
+    assert str(path) in str(error.value) and told in str(error.value)
+
+
+def test_truncated_parquet_is_an_error_even_when_bad_records_may_be_skipped(tmp_path):
+    """--skip-bad on a half-copied file must not train on the half in silence."""
+    path = tmp_path / "x.parquet"
+    save_records(str(path), [Record("a", "Q?", "1", images=(png(),))])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="x.parquet: cannot be read"):
+        load_records(str(path), skip_bad=True)
+
+
+def test_folder_without_data(tmp_path):
+    with pytest.raises(ValueError, match="no .parquet, .jsonl or .json in this folder"):
+        load_records(str(tmp_path))
+
+
+# --- Parquet of our own ----------------------------------------------------------------------------------------------
+
+
+def test_saved_records_come_back_equal(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("blue"))
+    records = [
+        Record("a", "<image>Which of <image>?", "B", (png(), str(tmp_path / "a.png")), ("é", "2"), "choice", "me", 2,
+               1 / 3, 123.4, 8, {"level": [1, None, "ü"]}),
+        Record("b", "1 + 1?", ("2", "two"), answer_type="text"),
+        *(Record(str(i), f"{i}?", str(i)) for i in range(130)),  # more than two row groups
+    ]
+    path = str(tmp_path / "new/x.parquet")
+    save_records(path, records)
+    loaded = load_records(path)
+    assert loaded[0].images == (png(), png("blue"))
+    assert [vars(r) | {"images": ()} for r in loaded] == [vars(r) | {"images": ()} for r in records]
+    assert [p.name for p in Path(path).parent.iterdir()] == ["x.parquet"]  # nothing temporary is left behind
+    save_records(str(tmp_path / "again.parquet"), loaded)
+    assert load_records(str(tmp_path / "again.parquet")) == loaded
+
+
+def test_datasets_shows_the_pictures_of_a_saved_file(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    clear = Image.new("RGBA", (4, 2), (9, 9, 9, 0))
+    save_records(path, [Record("a", "<image>?", ("1", "one"), (clear,), meta={"k": 1}), Record("b", "?", "2")])
+    data = datasets.load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    assert data.features["images"] == datasets.List(datasets.Image())
+    (image,) = data[0]["images"]
+    assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 2), "RGB", (255, 255, 255))  # transparent: white
+    assert (data[0]["answer"], data[0]["answers"], json.loads(data[0]["meta"])) == ("1", ["1", "one"], {"k": 1})
+    assert (data[1]["answer"], data[1]["answers"], data[1]["images"]) == ("2", None, [])
+
+
+def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "x.parquet"
+    save_records(str(path), [Record("a", "?", "1")])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="record b: cannot read its picture"):
+        save_records(str(path), [Record("a", "?", "1"), Record("b", "?", "1", images=(str(tmp_path / "gone.png"),))])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("picture, told", [
+    (png(size=(64, 64))[:-40], "truncated"),  # its header still opens
+    ("gone.png", "No such file"),
+    (b"GIF, or not", "cannot identify"),
+    (png_header(12_000, 12_000), "over 100 megapixels"),
+    (png_header(60_000, 60_000), "decompression bomb"),
+    (png(size=(2010, 10)), "thinner than 1:200"),
+], ids=["truncated", "missing", "no picture", "large", "bomb", "thin"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_unusable_pictures_are_found_before_training_and_named(picture, told, capsys):
+    good, bad = Record("good", "?", "1", images=(png(),)), Record("bad", "?", "1", images=(png(), picture))
+    with pytest.raises(ValueError) as error:
+        check_images([good, bad, good])
+    assert "1 of 3 records" in str(error.value) and "record bad: cannot use its picture: " in str(error.value)
+    assert told in str(error.value)
+    assert check_images([good, bad, good], skip_bad=True) == [good, good]
+    assert "dropped: record bad" in capsys.readouterr().err
+
+
+def test_picture_of_200_to_1_is_still_usable():
+    record = Record("a", "?", "1", images=(png(size=(2000, 10)),))
+    assert check_images([record]) == [record]
+
+
+@pytest.mark.parametrize("mode, color, shown", [
+    ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (0, 0, 0, 255), (0, 0, 0)), ("LA", (0, 0), (255, 255, 255)),
+    ("L", 7, (7, 7, 7)), ("CMYK", (0, 0, 0, 0), (255, 255, 255))])
+def test_every_mode_becomes_rgb_and_transparency_white(mode, color, shown):
+    """A transparent diagram on black, Pillow's own choice, is black on black."""
+    image = open_image(Image.new(mode, (2, 2), color), "a")
+    assert (image.mode, image.getpixel((1, 1))) == ("RGB", shown)
+
+
+def test_palette_with_a_transparent_colour_becomes_white():
+    buffer = io.BytesIO()
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(buffer, format="PNG", transparency=1)
+    assert open_image(buffer.getvalue(), "a").getpixel((0, 0)) == (255, 255, 255)
