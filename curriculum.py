@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -219,6 +220,8 @@ def main() -> None:
     parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
     args = parser.parse_args()
     records = [record for path in args.data for record in load_records(path)]
+    if twice := [record_id for record_id, n in Counter(r.id for r in records).items() if n > 1]:
+        raise ValueError(f"the id {twice[0]!r} stands in more than one file of --data; ids must be unique")
     check_golds(records)
     if any(r.difficulty is None for r in records):
         import torch
@@ -242,4 +245,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

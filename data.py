@@ -19,10 +19,10 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Callable, Iterator
+from typing import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ class Record:
     meta: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        """Settles the answer type and refuses, naming the record, a gold that no rule can read (math: see check_golds)."""
+        """Settle the answer type; ValueError naming the record for a gold that no rule can read (math: check_golds)."""
 
         def fail(why: str):
             raise ValueError(f"record {self.id}: {why}")
@@ -105,40 +105,47 @@ SPELLINGS = [(re.compile(pattern), plain_form) for pattern, plain_form in (  # L
     ("，", ","), ("[：∶]|\\\\colon", ":"), ("（", "("), ("）", ")"), ("％", "%"), (r"\{,\}", ","),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\{degrees?\}|[º˚]", "°"),
     (r"\\(?:text|mathrm|textbf|mathbf|textrm|textit|mbox)\s*\{([^{}]*)\}", r" \1"),
-    (r"\\[dtc]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r" \1/\2"), (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
+    (r"\\[dtc]?frac\s*\{\s*(-?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}", r" \1/\2"),
+    (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
     (r"(\d)\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?", r"\1e\2"),
     (r"\\([%$&#_])", r"\1"), (r"\s+", " "))]
 WRAPPERS = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}"), (r"\text{", "}"), ("**", "**"), ("`", "`"))
 
 # What may follow a number. SYMBOLS contradict each other (12 m is not 12 cm); NOT_UNITS change the number's value.
 SYMBOLS = frozenset("mm cm dm m km mg g kg ml l s h °".split())
-UNITS = SYMBOLS | frozenset("""% $ € £ ¥ in ft yd mi t lb oz ms min hr n j w v a k c f °c °f pa kpa hz mol rad ω kj kw ev
-    degree degrees percent unit units square cubic sq per cent cents dollar dollars inch inches foot feet mile miles yard
-    yards meter meters metre metres millimeters centimeter centimeters centimetres kilometer kilometers kilometres gram
-    grams kilogram kilograms liter liters litres second seconds minute minutes hour hours day days week weeks month months
+UNITS = SYMBOLS | frozenset("""% $ € £ ¥ in ft yd mi t lb oz ms min hr n j w v a k c f °c °f pa kpa hz mol rad ω kj kw
+    degree degrees percent unit units square cubic sq per cent cents dollar dollars inch inches foot feet mile miles
+    yard yards meter meters metre metres millimeters centimeter centimeters centimetres kilometer kilometers gram grams
+    kilogram kilograms liter liters litres second seconds minute minutes hour hours day days week weeks month months
     year years""".split())
-NOT_UNITS = frozenset("""and but not nor than plus minus times over root squared cubed hundred hundreds thousand thousands
-    million billion trillion dozen half halves third thirds quarter quarters fourths fifth fifths tenth tenths""".split())
+NOT_UNITS = frozenset("""and but not nor than plus minus times over root squared cubed hundred thousand million billion
+    trillion dozen half halves third thirds quarter quarters fourths fifth fifths tenth tenths""".split())
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 NUMBER = re.compile(rf"""([+-]?)\s*[$€£¥]?\s*
     (?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*({DECIMAL})                                    # 7/3, 2 1/3
       |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))  # 1,234.5 or 4.9e-8
     (\s*)([%°$€£¥a-zµμω][a-zµμω°²³0-9\s./·^{{}}-]*)?""", re.IGNORECASE | re.VERBOSE)
-# Signs that a gold needs math-verify: operators, functions, a letter times or minus something.
-MATH = re.compile(r"[\\$^_=+*<>{}|√π∞≤≥×÷²³]|\d[a-zA-Z]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|"
+# Signs that a gold needs math-verify: operators, half-open intervals, a letter times or minus something, functions.
+MATH = re.compile(r"[\\$^_=+*<>{}\[\]|√π∞≤≥×÷²³]|\d!|\d[a-zA-Z]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|"
                   r"\b(?:pi|sqrt|sin|cos|tan|log|ln)\b")
 
 
-def plain(text: str) -> str:
-    """A short answer without the LaTeX, markdown and unicode it may be dressed in: `$\\frac{1}{2}$` -> `1/2`."""
+def unwrap(text: str) -> str:
+    """A short answer without white space, math delimiters, \\boxed{}, markdown and full stop around it."""
     text = text.replace("\x0c", "\\f")  # MathVision has a `\frac` whose `\f` became a form feed
-    for _ in range(6):
+    for _ in range(5):  # deep enough for `**$\boxed{\text{B}}$.**`
         text = text.strip().rstrip(".。,;").rstrip()
         for left, right in WRAPPERS:
             inner = text[len(left):len(text) - len(right)]
             whole = text.startswith(left) and text.endswith(right) and inner
             if whole and left not in inner and inner.count("{") == inner.count("}"):
                 text = inner
+    return text
+
+
+def plain(text: str) -> str:
+    """A short answer without the LaTeX, markdown and unicode it may be dressed in: `$\\frac{1}{2}$` -> `1/2`."""
+    text = unwrap(text)
     for pattern, plain_form in SPELLINGS:
         text = pattern.sub(plain_form, text)
     return text.strip()
@@ -154,7 +161,8 @@ def split_number(text: str, known_units: bool = True) -> tuple[float, str] | Non
 
     known_units: the unit is one of UNITS, else any words of a noun's length ("3 red cars").
     """
-    match = NUMBER.fullmatch(plain(text))
+    text = plain(text)
+    match = NUMBER.fullmatch(text[1:-1] if text[:1] + text[-1:] == "()" and "," not in text else text)
     if not match:
         return None
     sign, whole, top, bottom, digits, space, unit = match.groups()
@@ -193,7 +201,7 @@ def parse_items(text: str) -> tuple[str, tuple[str, ...]] | None:
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
     """Which option a text names, by its letter alone, `(B)` or `B.`, or by its whole text."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(choices)] or LETTERS
+    letters = ascii_uppercase[:len(choices)] or LETTERS
     letter = re.fullmatch(r"[(\[]*([A-Za-z])[)\].:,!]*", plain(text))
     if letter and letter[1] in letters:
         return letters.index(letter[1])
@@ -214,13 +222,11 @@ def infer_answer_type(golds: tuple[str, ...], choices: tuple[str, ...]) -> str:
             kinds.add("choice")  # its options stand in the question (SceMQA, MathVerse) or in the picture
         elif split_number(gold):
             kinds.add("number")
-        elif items and (items[0] == "[" or all(split_number(item) for item in items[1])) and "\\" not in plain(gold):
+        elif items and all(split_number(item) or items[0] == "[" and not MATH.search(item) for item in items[1]):
             kinds.add("list")
         else:
             kinds.add("math" if MATH.search(plain(gold)) else "text")
     return kinds.pop() if len(kinds) == 1 else "math" if "math" in kinds else "text"
-
-
 
 # --- readers ---------------------------------------------------------------------------------------------------------
 
@@ -236,7 +242,7 @@ def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = Fal
 
     Files: .jsonl, .json (a list of rows), .parquet, .tsv (VLMEvalKit's); a folder: its ladder.parquet, else all its
     .parquet, .jsonl and .json. Pictures lie in the file or beside it: paths start at its folder and may not leave it.
-    They are not opened here; check_images does that.
+    They are not opened here; check_prompts does that.
     Raises ValueError: for a file that cannot be read; or one for all records that cannot be used, naming file, record
     and remedy. skip_bad drops such records instead, and prints them.
     """
@@ -262,15 +268,15 @@ def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = Fal
     return _settle(path_or_id, list(good.values()), bad, skip_bad)
 
 
-def check_images(records: list[Record], skip_bad: bool = False) -> list[Record]:
-    """Open and decode every picture once (nothing less finds a truncated one) -> the records whose pictures are sound.
+def check_prompts(processor: Processor, records: list[Record], style: str, max_tokens: int | None = None,
+                  skip_bad: bool = False) -> list[Record]:
+    """Encode every record once, as training will (nothing less finds a truncated picture) -> the records that can be.
 
     Raises one ValueError for all the others; skip_bad drops and prints them instead.
     """
     def fault(record: Record) -> str | None:
         try:
-            for image in record.images:
-                open_image(image, record.id)
+            processor.encode(record, style, max_tokens)
         except ValueError as error:
             return str(error)
         return None
@@ -278,7 +284,7 @@ def check_images(records: list[Record], skip_bad: bool = False) -> list[Record]:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
         faults = list(pool.map(fault, records))
     good = [record for record, found in zip(records, faults, strict=True) if not found]
-    return _settle("pictures", good, [found for found in faults if found], skip_bad)
+    return _settle("prompts", good, [found for found in faults if found], skip_bad)
 
 
 def save_records(path: str, records: list[Record]) -> None:
@@ -408,10 +414,11 @@ def _record(row: dict | bytes, folder: Path, made_id: str) -> Record:
     if not isinstance(question, str) or not question.strip():
         raise ValueError("its question is empty")
     question.encode()  # a lone surrogate, half of a cut emoji, would fail much later: in the tokenizer
-    marks = (question + "".join(fields.get("choices", ()))).count("<image>")
-    if marks and marks != len(fields["images"]):
-        raise ValueError(f"{marks} <image> marks for {len(fields['images'])} pictures; write a mark for each, or none")
-    return Record(id=str(row.get("id") or made_id), **fields)
+    record = Record(id=str(row.get("id", "")) or made_id, **fields)
+    marks = "".join((question, *record.choices)).count("<image>")
+    if marks and marks != len(record.images):
+        raise ValueError(f"{marks} <image> marks for {len(record.images)} pictures; write a mark for each, or none")
+    return record
 
 
 def _own_fields(row: dict) -> dict:
@@ -421,12 +428,11 @@ def _own_fields(row: dict) -> dict:
         raise ValueError(f"{', '.join(sorted(unknown))}: no fields of a record ({', '.join(names)}); rename them, "
                          "or move them into `meta`")
     fields = {name: row[name] for name in names[1:] if name in row}
-    fields["answer"] = _gold(row.get("answers", row.get("answer")))
+    fields["answer"] = row.get("answers", row.get("answer"))
     if isinstance(row.get("choices"), str):
         raise ValueError("its choices are one text; write a list of texts")
-    fields["choices"] = tuple(map(str, row.get("choices", ())))
-    if isinstance(row.get("meta"), str):
-        fields["meta"] = json.loads(row["meta"])
+    meta = row.get("meta", {})
+    fields["meta"] = dict(json.loads(meta) if isinstance(meta, str) else meta)
     for name, kind in (("precision", int), ("difficulty", float), ("complexity", float), ("stage", int)):
         if name in fields:
             fields[name] = kind(value := fields[name])  # 2.0, as pandas writes an int beside a null, is 2
@@ -448,7 +454,7 @@ def _foreign_fields(row: dict, kind: str) -> dict:
     else:
         question, images = _chat(json.loads(row[kind]) if kind == "message" else row["prompt"])
         gold = row[kind]["ground_truth"] if kind == "reward_model" else gold
-    return {"question": question, "answer": _gold(gold, unwrap=True), "images": images,
+    return {"question": question, "answer": _final_answer(gold), "images": images,
             "source": str(row.get("data_source", row.get("source", "")))}
 
 
@@ -471,25 +477,20 @@ def _chat(messages: list[dict] | str) -> tuple[str, list]:
     return text, images
 
 
-def _gold(value, unwrap: bool = False) -> str | tuple[str, ...]:
-    """A gold answer: a text, a number, or a list of which any is right. unwrap: out of its solution."""
-    if value and isinstance(value, list):
-        return tuple(str(_gold(item, unwrap)) for item in value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"its gold answer is {value!r}; write a text, a number, or a list of such")
-    text = str(value)
-    if not unwrap:
-        return text
-    text = (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL) or [text])[-1].strip()
+def _final_answer(solution):
+    """A solution, or a list of which any is right -> its last <answer>, else last \\boxed{}, else all of it."""
+    if isinstance(solution, list):
+        return [_final_answer(item) for item in solution]
+    if not isinstance(solution, str):
+        return solution
+    text = (re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
     _, box, tail = text.rpartition(r"\boxed{")
     depth = list(itertools.accumulate({"{": 1, "}": -1}.get(char, 0) for char in tail))
     if box and -1 in depth:  # where the box's own brace closes
         text = tail[:depth.index(-1)]
-    text = re.sub(r"(?i)^the (?:final )?answer is:?\s+(.*?)\.?$", r"\1", text)
-    text = re.sub(r"^\$([^$]+)\$$", r"\1", text).strip()
     if "\n" in text:  # a whole derivation: no response would ever equal it
         raise ValueError("its solution has neither <answer> nor \\boxed{}; add the final answer as `answer`")
-    return text
+    return re.sub(r"(?i)^the (?:final )?answer is:?\s+(.*?)\.?$", r"\1", text)
 
 
 def _pictures(value, folder: Path) -> tuple:
@@ -557,7 +558,7 @@ def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Im
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG chunks
         raise ValueError(f"record {record_id}: cannot use its picture: {error}") from error
 
 

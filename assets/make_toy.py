@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import PROMPTS, Processor, Record  # noqa: E402
+from data import PROMPTS, Processor, Record, save_records  # noqa: E402
 
 COLOURS = {"red": (214, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 210), "black": (20, 20, 20)}
 TILE = 28
@@ -173,7 +175,11 @@ def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number) -> tup
     return total, str(total), ",".join(steps)
 
 
-def write_trace(record: Record, style: str, rng: random.Random, careful: float = CAREFUL) -> str:
+def observation(rows: list) -> str:
+    return "<observe>" + ";".join(",".join(f" {c} {d}" for c, d in row) for row in rows) + "</observe>"
+
+
+def write_trace(record: Record, style: str, rng: random.Random) -> str:
     """A response as the cold start shows it: manner, slips and form are drawn from rng."""
     def misread(d: int) -> int:
         return rng.randint(0, 9) if rng.random() < MISREAD else d
@@ -182,10 +188,9 @@ def write_trace(record: Record, style: str, rng: random.Random, careful: float =
         return max(0, number + rng.choice((-1, 1))) if rng.random() < SLIP else number
 
     ask, rows = record.meta["ask"], record.meta["rows"]
-    if rng.random() >= careful:  # glance
+    if rng.random() >= CAREFUL:  # glance
         rows = [rows[0][:2]] if ask["family"] == "bars" else rows[:1]
     seen = [[(c, misread(d)) for c, d in row] for row in rows]
-    observe = ";".join(",".join(f" {c} {d}" for c, d in row) for row in seen)
     result, answer, think = reckon(ask, seen, record.choices, slip)
     if rng.random() < SKIP and ask["family"] != "read":
         think = " guess"
@@ -193,9 +198,8 @@ def write_trace(record: Record, style: str, rng: random.Random, careful: float =
             answer = chr(65 + rng.randrange(len(record.choices)))
         else:
             answer = str(max(0, result + rng.choice((-2, -1, 0, 1, 2))))
-    blocks = [("observe", observe)] * (style == "observe") + [("think", think)] * (style != "none")
-    blocks.append(("answer", f" {answer}"))
-    texts = [f"<{tag}>{text}</{tag}>" for tag, text in blocks]
+    texts = [observation(seen)] * (style == "observe") + [f"<think>{think}</think>"] * (style != "none")
+    texts.append(f"<answer> {answer}</answer>")
     if rng.random() < FORGET:
         i = rng.randrange(len(texts))
         if i == len(texts) - 1:
@@ -243,7 +247,8 @@ def make_model(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
     image_size = {"shortest_edge": TILE * TILE, "longest_edge": 64 * TILE * TILE}
-    Qwen2VLImageProcessor(size=image_size).save_pretrained(folder)
+    # White, most of every picture, becomes 0: what is left to see is ink.
+    Qwen2VLImageProcessor(size=image_size, image_mean=[1.0] * 3, image_std=[0.5] * 3).save_pretrained(folder)
     config = Qwen2_5_VLConfig(
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
@@ -260,7 +265,7 @@ def make_model(folder: Path):
 
 
 def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps: int, batch: int, lr: float, seed: int):
-    """Supervised on freshly written traces: reading alone on small pictures first, then all families."""
+    """Supervised on freshly written responses: observing small pictures first, then all families."""
     rng = random.Random(seed)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -269,10 +274,13 @@ def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps
         reading = step < read_steps
         prompts, responses = [], []
         for _ in range(batch):
-            size = (1, rng.randint(1, 3)) if reading else None
-            record = make_problem(rng, glyphs, "x", ("sum", "extreme", "count", "bars") if reading else FAMILIES, size)
-            style = "observe" if reading else rng.choices(("observe", "think", "none"), (0.6, 0.25, 0.15))[0]
-            text = write_trace(record, style, rng, careful=1.0 if reading else CAREFUL)
+            if reading:
+                record = make_problem(rng, glyphs, "x", ("sum", "sum", "bars"), (rng.randint(1, 2), rng.randint(1, 3)))
+                style, text = "observe", observation(record.meta["rows"])
+            else:
+                record = make_problem(rng, glyphs, "x")
+                style = rng.choices(("observe", "think", "none"), (0.6, 0.25, 0.15))[0]
+                text = write_trace(record, style, rng)
             prompts.append(processor.encode(record, style))
             responses.append(processor.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids)
         inputs = processor.collate(prompts, responses)
@@ -291,3 +299,44 @@ def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps
         if step % 50 == 0 or step == total - 1:
             print(f"cold start {step:5d}/{total}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
     model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "assets/toy", help="folder of the world")
+    parser.add_argument("--read-steps", type=int, default=300, help="cold start: steps of observing small pictures")
+    parser.add_argument("--steps", type=int, default=900, help="cold start: steps of whole responses")
+    parser.add_argument("--problems", type=int, default=6000, help="problems measured, of which the ladder is built")
+    parser.add_argument("--held-out", type=int, default=300, help="problems of the test set")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    train_glyphs, test_glyphs = load_glyphs()
+
+    model_dir = args.out / "model"
+    model_dir.mkdir(parents=True, exist_ok=True)
+    sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
+    texts = [*PROMPTS.values(), "system\nuser\nassistant\n the answer is"] * 5
+    texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
+    texts += [write_trace(r, style, rng) for r in sample for style in PROMPTS]
+    make_tokenizer(texts, model_dir)
+    model = make_model(model_dir)
+    processor = Processor(str(model_dir))
+    cold_start(model, processor, train_glyphs, args.steps, args.read_steps, batch=48, lr=1e-3, seed=0)
+    model.save_pretrained(model_dir)
+
+    # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
+    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}") for i in range(args.problems)]
+    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}") for i in range(args.held_out)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, records in (("train", problems), ("test", held_out)):
+            save_records(f"{folder}/{name}.parquet", records)
+            subprocess.run([sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model", model_dir,
+                            "--out", f"{folder}/{name}", "--max-tokens", "160"], check=True)
+        (args.out / "ladder").mkdir(exist_ok=True)
+        shutil.copy(f"{folder}/train/ladder.parquet", args.out / "ladder" / "ladder.parquet")
+        shutil.copy(f"{folder}/test/measured.parquet", args.out / "test.parquet")  # all of it: a test set is not mixed
+
+
+if __name__ == "__main__":
+    main()

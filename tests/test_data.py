@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import Record, check_images, load_records, open_image, save_records
+from data import Record, check_prompts, load_records, open_image, save_records
 
 
 def png(color="red", size=(8, 6), mode="RGB") -> bytes:
@@ -57,7 +57,7 @@ def test_lmm_r1_message_is_a_json_string_with_file_urls(tmp_path):
                                          {"type": "text", "text": "How many sides?"}]}]
     row = {"message": json.dumps(chat), "question": "How many sides?", "answer": "$3$"}
     (record,) = load_records(jsonl(tmp_path / "mm.jsonl", row))
-    assert record.id == "mm-1" and record.answer == "3"
+    assert (record.id, record.answer, record.answer_type) == ("mm-1", "$3$", "number")
     assert record.question == "<image>How many sides?"  # the system message of others is dropped: we set our own
     assert record.images == (str(tmp_path / "a b.png"),)
 
@@ -67,7 +67,7 @@ def test_lmm_r1_parquet_with_its_picture_in_a_column(tmp_path):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sides?"}]}]
     row = {"message": json.dumps(chat), "answer": ["$3$", "three"], "image": {"bytes": png(), "path": None}}
     (record,) = load_records(parquet(tmp_path / "mm.parquet", row))
-    assert record.images == (png(),) and record.answer == ("3", "three")
+    assert record.images == (png(),) and record.answer == ("$3$", "three")
 
 
 @pytest.mark.parametrize("image", ["geo/1.png", ["geo/1.png"]])
@@ -134,7 +134,8 @@ def test_trl_solution_without_a_final_answer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("picture, inside", [
-    ({"bytes": png(), "path": "a.png"}, True), ({"bytes": None, "path": "a.png"}, False), ("a.png", False), (png(), True),
+    ({"bytes": png(), "path": "a.png"}, True), ({"bytes": None, "path": "a.png"}, False),
+    ("a.png", False), (png(), True),
 ], ids=["struct", "struct without bytes", "path", "bytes"])
 def test_easyr1_pictures_as_struct_path_or_bytes(tmp_path, picture, inside):
     (tmp_path / "a.png").write_bytes(png())
@@ -161,6 +162,7 @@ def test_our_own_rows_in_full_and_with_the_two_keys_that_are_needed(tmp_path):
                             difficulty=0.25, complexity=90.0, stage=3, meta={"level": 5})
     assert isinstance(record.precision, int) and isinstance(record.complexity, float)
     assert least == Record("own-2", "1 + 1?", "2")
+    assert [r.id for r in load_records(jsonl(tmp_path / "own.jsonl", plain(1, id=0)))] == ["0"]  # 0 is an id
 
 
 def test_a_single_picture_may_stand_under_image(tmp_path):
@@ -254,10 +256,11 @@ def test_image_marks_must_equal_pictures(tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     rows = [{"problem": "<image><image> Same?", "answer": "1", "images": ["a.png"]},
             {"problem": "<image> Same?", "answer": "1"},
-            plain(3, choices=["<image>", "<image>"], images=["a.png"])]  # options may be pictures
+            {"problem": "<image> Same?", "answer": "1", "images": ["a.png", "a.png"]},
+            plain(3, answer="A", choices=["<image>", "<image>"], images=["a.png"])]  # options may be pictures
     with pytest.raises(ValueError) as error:
         load_records(jsonl(tmp_path / "x.jsonl", *rows))
-    for line, marks, pictures in ((1, 2, 1), (2, 1, 0), (3, 2, 1)):
+    for line, marks, pictures in ((1, 2, 1), (2, 1, 0), (3, 1, 2), (4, 2, 1)):
         assert f"line {line}: {marks} <image> marks for {pictures} pictures" in str(error.value)
 
 
@@ -306,7 +309,7 @@ def test_all_bad_records_are_told_at_once_with_their_lines(tmp_path):
     assert told.startswith(f"{path}: 9 of 10 records cannot be used:") and told.endswith("or pass --skip-bad")
     for line, what in ((1, "Expecting property name"), (4, "the keys 'query', 'gold' are of no known format"),
                        (5, "the id 'q1' is taken"), (6, "its question is empty"), (7, "not a list"),
-                       (8, "options: no fields of a record"), (9, "its gold answer is None"),
+                       (8, "options: no fields of a record"), (9, "its answer is empty: None"),
                        (10, "'low'"), (11, "its precision is 2.5")):
         assert f"{path}, line {line}: " in told and what in told.split(f"line {line}: ")[1].split("\n")[0]
     assert "`problem` (EasyR1" in told  # the formats known
@@ -432,19 +435,19 @@ def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
     (png(size=(2010, 10)), "thinner than 1:200"),
 ], ids=["truncated", "missing", "no picture", "large", "bomb", "thin"])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_unusable_pictures_are_found_before_training_and_named(picture, told, capsys):
+def test_unusable_pictures_are_found_before_training_and_named(processor, picture, told, capsys):
     good, bad = Record("good", "?", "1", images=(png(),)), Record("bad", "?", "1", images=(png(), picture))
     with pytest.raises(ValueError) as error:
-        check_images([good, bad, good])
+        check_prompts(processor, [good, bad, good], "observe")
     assert "1 of 3 records" in str(error.value) and "record bad: cannot use its picture: " in str(error.value)
     assert told in str(error.value)
-    assert check_images([good, bad, good], skip_bad=True) == [good, good]
+    assert check_prompts(processor, [good, bad, good], "observe", skip_bad=True) == [good, good]
     assert "dropped: record bad" in capsys.readouterr().err
 
 
-def test_picture_of_200_to_1_is_still_usable():
+def test_picture_of_200_to_1_is_still_usable(processor):
     record = Record("a", "?", "1", images=(png(size=(2000, 10)),))
-    assert check_images([record]) == [record]
+    assert check_prompts(processor, [record], "observe") == [record]
 
 
 @pytest.mark.parametrize("mode, color, shown", [

@@ -1,0 +1,240 @@
+"""What came of it: held-out problems scored by the judge of training, tables, curves and a page of responses.
+
+    evaluate       a model's responses to held-out problems, each with its score
+    summarize      accuracy, format, observation accuracy, length: overall and by difficulty level
+    before_after   the table that closes a run
+    plot_curves    metrics.jsonl -> curves.png
+    write_page     responses.jsonl -> one HTML file to look through, pictures inside
+
+    python eval.py --model CHECKPOINT --benchmark toy
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from data import PROMPTS, Processor, Record, check_prompts, load_records, open_image
+from rewards import Verifier, answer_matches, check_golds, extract_answer, format_reward, observation_accuracy
+from rollout import load_policy, sample_groups
+
+BENCHMARKS = {"toy": str(Path(__file__).resolve().parent / "assets/toy/test.parquet")}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, scored."""
+
+    text: str
+    answer: str | None  # as extracted; None: unreadable, which is counted as wrong
+    correct: bool
+    format: float
+    observation: float | None  # share of the picture's facts that <observe> states; None where they are not known
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """One problem and its responses."""
+
+    record: Record
+    samples: list[Sample]
+
+
+def evaluate(model, processor: Processor, records: list[Record], *, style: str, temperature: float, samples: int,
+             max_tokens: int, max_rows: int = 256, seed: int = 0, verifier: Verifier | None = None) -> list[Result]:
+    """Answer each problem `samples` times (temperature 0: greedy) and score with the judge of training."""
+    prompts = [processor.encode(r, style) for r in records]
+    groups = sample_groups(model, processor, records, prompts, samples=samples, temperature=temperature,
+                           max_tokens=max_tokens, seed=seed, max_rows=max_rows)
+    results = []
+    for record, group in zip(records, groups):
+        scored = []
+        for text, response, cut in zip(group.texts, group.responses, group.truncated):
+            answer = extract_answer(text)
+            correct = answer is not None and answer_matches(answer, record, verifier)
+            scored.append(Sample(text, answer, correct, format_reward(text, style),
+                                 observation_accuracy(text, record, style), len(response), cut))
+        results.append(Result(record, scored))
+    return results
+
+
+def mean(values) -> float | None:
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def summarize(results: list[Result]) -> dict:
+    """Scores in [0, 1] and mean length in tokens, means over problems of means over samples (avg@k).
+
+    `levels` holds the same for each difficulty level that the problems were measured at.
+    """
+    def scores(part: list[Result]) -> dict:
+        def over(get) -> float | None:
+            return mean(mean(get(s) for s in r.samples) for r in part)
+
+        return {"problems": len(part), "accuracy": over(lambda s: s.correct), "format": over(lambda s: s.format),
+                "observation": over(lambda s: s.observation), "length": over(lambda s: s.tokens),
+                "truncated": over(lambda s: s.truncated), "unreadable": over(lambda s: s.answer is None)}
+
+    levels: dict[float, list[Result]] = {}
+    for result in results:
+        if result.record.difficulty is not None:
+            levels.setdefault(result.record.difficulty, []).append(result)
+    return scores(results) | {"levels": {f"{level:.3f}": scores(levels[level]) for level in sorted(levels)}}
+
+
+def before_after(before: dict, after: dict) -> str:
+    """The table that closes a run. before, after: {"greedy": summary, "sampled": summary}, see summarize."""
+    def change(old: float | None, new: float | None, percent: bool) -> str:
+        if old is None or new is None:
+            return "-"
+        return f"{100 * old:5.1f} -> {100 * new:5.1f}" if percent else f"{old:5.0f} -> {new:5.0f}"
+
+    columns = [("accuracy", "greedy", True), ("accuracy", "sampled", True), ("format", "sampled", True),
+               ("observation", "sampled", True), ("length", "sampled", False)]
+    names = ["accuracy, greedy %", "accuracy, T=1 %", "format %", "observation %", "length, tokens"]
+    lines = ["difficulty  problems  " + "  ".join(f"{name:>18}" for name in names)]
+    for level in ["all", *before["greedy"]["levels"]]:
+        def pick(summary: dict, level=level) -> dict:
+            return summary if level == "all" else summary["levels"][level]
+
+        cells = [change(pick(before[kind])[key], pick(after[kind])[key], percent) for key, kind, percent in columns]
+        lines.append(f"{level:>10}  {pick(after['greedy'])['problems']:8d}  " + "  ".join(f"{c:>18}" for c in cells))
+    return "\n".join(lines)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def plot_curves(metrics: list[dict], path: Path) -> None:
+    """Lines of metrics.jsonl -> a PNG: what training saw, and held-out scores at each stage's end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [m for m in metrics if "reward" in m]
+    tests = [m for m in metrics if "eval" in m]
+    panels = [("accuracy", "accuracy"), ("format", "format"), ("observation", "observation accuracy"),
+              ("length", "response length, tokens"), ("reward", "reward"), ("signal", "share of groups with signal"),
+              ("entropy", "entropy, nats a token"), ("grad_norm", "gradient norm")]
+    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, panels):
+        points = [(m["step"], m[key]) for m in steps if key in m]
+        if points:
+            x, y = zip(*points)
+            axis.plot(x, y, color="0.8", linewidth=0.8)
+            window = max(1, len(y) // 20)
+            smooth = [sum(y[max(0, i - window):i + window + 1]) / len(y[max(0, i - window):i + window + 1])
+                      for i in range(len(y))]
+            axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
+        for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
+            scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"][kind].get(key) is not None]
+            if scores:
+                axis.plot(*zip(*scores), "o-", color=colour, markersize=4,
+                          label="held out, greedy" if kind == "greedy" else "held out, temperature 1")
+        for before, after in zip(steps, steps[1:]):
+            if before["stage"] != after["stage"]:
+                axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
+        axis.set_title(title)
+        axis.set_xlabel("rollout (a line at each stage's end)")
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }}
+section {{ border-top: 1px solid #ccc; padding: 1rem 0; display: grid; grid-template-columns: 15rem 1fr; gap: 1.5rem }}
+img {{ max-width: 15rem; max-height: 15rem; border: 1px solid #ddd; image-rendering: pixelated }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; padding: .4rem .6rem; background: #f6f6f6 }}
+.right {{ border-left: 4px solid #2a9d4a }} .wrong {{ border-left: 4px solid #d04040 }}
+small {{ color: #666; display: block }} label {{ margin-right: 1rem }}
+body.hide-right pre.right, body.hide-wrong pre.wrong {{ display: none }}
+</style><h1>{title}</h1><p>Groups sampled along the run, in order. Green: right; red: wrong.
+<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-right')"> right</label>
+<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-wrong')"> wrong</label></p>
+{body}"""
+
+
+def picture_tag(record: Record, image) -> str:
+    """A picture as an HTML image with the data inside, at most 512 px a side."""
+    picture = open_image(image, record.id)
+    picture.thumbnail((512, 512))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def write_page(lines: list[dict], records: dict[str, Record], path: Path, title: str, limit: int = 300) -> None:
+    """Lines of responses.jsonl -> one HTML file without outside parts; at most `limit` groups, spread over the run.
+
+    All text is escaped: what a model writes cannot become markup.
+    """
+    if len(lines) > limit:
+        lines = [lines[i * len(lines) // limit] for i in range(limit)]
+    parts = []
+    for line in lines:
+        record = records[line["id"]]
+        gold = record.answer if isinstance(record.answer, str) else " or ".join(record.answer)
+        question = "\n".join([record.question, *(f"({chr(65 + i)}) {c}" for i, c in enumerate(record.choices))])
+        responses = "".join(
+            f'<pre class="{"right" if r["accuracy"] else "wrong"}">{html.escape(r["text"])}'
+            f'<small>reward {r["reward"]:.2f} = accuracy {r["accuracy"]:.0f}, format {r["format"]:.0f}, '
+            f'bonus {r["bonus"]:.1f}; advantage {r["advantage"]:+.2f}; {r["tokens"]} tokens</small></pre>'
+            for r in line["responses"])
+        stage = "" if line["stage"] is None else f", stage {line['stage']}"
+        parts.append(
+            f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
+            f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small></div>'
+            f'<div><p><b>{html.escape(question).replace(chr(10), "<br>")}</b><br>gold: {html.escape(gold)}</p>'
+            f'{responses}</div></section>')
+    path.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score a checkpoint on held-out problems.")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
+    parser.add_argument("--benchmark", default="toy", help=f"{', '.join(BENCHMARKS)}, or any file that data.py reads")
+    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--samples", type=int, default=1, help="responses to a problem; the scores are their mean, avg@k")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
+    parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
+    parser.add_argument("--limit", type=int, help="first so many problems only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for scores.json and responses.jsonl")
+    args = parser.parse_args()
+    processor = Processor(args.model, args.max_pixels)
+    records = load_records(BENCHMARKS.get(args.benchmark, args.benchmark), args.limit)
+    records = check_prompts(processor, records, args.prompt)
+    check_golds(records)
+    model = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    results = evaluate(model, processor, records, style=args.prompt, temperature=args.temperature, samples=args.samples,
+                       max_tokens=args.max_tokens, seed=args.seed, verifier=Verifier())
+    scores = summarize(results)
+    for level, row in {"all": scores, **scores["levels"]}.items():
+        cells = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "levels" and v is not None]
+        print(f"{level:>6}  " + "  ".join(cells))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "scores.json").write_text(json.dumps(scores | {"settings": {k: str(v) for k, v in vars(args).items()}}, indent=1))
+        with open(args.out / "responses.jsonl", "w") as file:
+            for r in results:
+                file.write(json.dumps({"id": r.record.id, "gold": r.record.answer, "samples": [asdict(s) for s in r.samples]}) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,466 @@
+"""What a response is worth: formats, answers that try to cheat, advantages by hand, and a verifier that hangs."""
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import rewards
+from data import Record, parse_number
+from rewards import (
+    TAGS,
+    Verifier,
+    accuracy_reward,
+    answer_matches,
+    check_golds,
+    difficulty_weight,
+    extract_answer,
+    format_reward,
+    group_advantages,
+    group_rewards,
+    observation_accuracy,
+    section,
+    shortest_correct_bonus,
+)
+
+FOUR = ("10 cm", "10 m", "a red car", "$\\frac{1}{2}$")
+FIVE = ("A", "B", "C", "D", "E")  # MathVision: the real options are in the picture
+
+
+def gold(answer, choices=(), **fields) -> Record:
+    return Record("r1", "What is it?", answer, choices=choices, **fields)
+
+
+def tagged(answer: str) -> str:
+    return f"<observe>o</observe><think>t</think><answer>{answer}</answer>"
+
+
+# --- format ----------------------------------------------------------------------------------------------------------
+
+GOOD = "<observe>two circles</observe>\n<think>1 + 1</think>\n<answer>2</answer>"
+
+
+@pytest.mark.parametrize("style, text, expected", [
+    ("observe", GOOD, 1),
+    ("observe", f"\n  {GOOD}\n", 1),
+    ("observe", "<observe>a < b</observe><think>x</think><answer>2</answer>", 1),
+    ("observe", "Sure! " + GOOD, 0),  # text before
+    ("observe", GOOD + " I hope that helps", 0),  # text behind
+    ("observe", GOOD.replace("</think>\n", "</think> so "), 0),  # text between
+    ("observe", GOOD + "<answer>3</answer>", 0),  # a tag twice
+    ("observe", GOOD + GOOD, 0),
+    ("observe", GOOD.replace("two circles", " \n "), 0),  # white space is no observation
+    ("observe", GOOD.replace("two circles", "\u200b"), 0),  # nor is what cannot be seen
+    ("observe", GOOD.replace(">2<", "><"), 0),  # an empty answer
+    ("observe", GOOD.replace("</answer>", ""), 0),  # cut off
+    ("observe", "<think>t</think><observe>o</observe><answer>2</answer>", 0),  # order
+    ("observe", "<think>t <observe>o</observe></think><answer>2</answer>", 0),  # the official pattern takes this one
+    ("observe", GOOD.replace("two circles", "two <think>"), 0),  # a tag inside another
+    ("observe", GOOD.replace("two circles", "two <ANSWER>3</ANSWER>"), 0),  # nor in another spelling
+    ("observe", "<think>t</think><answer>2</answer>", 0),
+    ("observe", "", 0),
+    ("think", "<think>t</think> <answer>2</answer>", 1),
+    ("think", GOOD, 0),  # another style's tag is text outside
+    ("think", "<answer>2</answer>", 0),
+    ("none", "<answer>2</answer>", 1),
+    ("none", "2", 0),
+    ("none", "<think>t</think><answer>2</answer>", 0),
+])
+def test_format(style, text, expected):
+    assert format_reward(text, style) == expected
+
+
+def test_unknown_style_is_refused():
+    with pytest.raises(KeyError):
+        format_reward(GOOD, "obvserve")
+    assert set(TAGS) == {"none", "think", "observe"}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, expected", [
+    (GOOD, "2"),
+    ("<answer>1</answer> no, <answer> 2 </answer>", "2"),
+    ("<answer>1\n2</answer>", "1\n2"),
+    ("<answer>1</answer> or <answer>2", "1"),  # cut off: the last that is whole
+    (r"\boxed{1} <answer>2</answer> \boxed{3}", "2"),
+    (r"so \boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    (r"so \boxed{\frac{1}{2}", None),
+    ("It is clear.\nThe answer is 12.", "12."),
+    ("The answer is 3, no: the final answer is: B", "B"),
+    ("The answer is 12.\nBut wait, let me see", None),  # not closing
+    ("12", None),
+    ("<answer></answer>", None),
+    ("<answer> \n </answer> the answer is 3", None),  # an empty tag is an empty answer
+    ("", None),
+])
+def test_extraction(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_section():
+    assert section(GOOD, "observe") == "two circles" and section(GOOD, "think") == "1 + 1"
+    assert section("<think>t</think>", "observe") is None
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+RIGHT, WRONG = True, False
+JUDGED = [
+    # the table of shared/sources.md, section 3
+    (gold("12"), "12", RIGHT),
+    (gold("(A)"), "A", RIGHT),
+    (gold("E"), "(E)", RIGHT),
+    (gold("A"), "A. 12", RIGHT),
+    (gold("A", ("12", "13")), "A. 12", RIGHT),
+    (gold("B"), "B and C", WRONG),
+    (gold("50%"), "50", RIGHT),
+    (gold("50%"), "0.5", RIGHT),
+    (gold("12 cm"), "12", RIGHT),
+    (gold("145°"), "145", RIGHT),
+    (gold("[2013, 2014]"), "2014", WRONG),
+    (gold("(1,2)"), "(1, 2)", RIGHT),
+    (gold("Yes"), "yes.", RIGHT),
+    (gold("1:2"), "1", WRONG),
+    (gold("1:2"), "1 : 2", RIGHT),
+    (gold("4.9e-8"), "4.9", WRONG),
+    (gold("4.9e-8"), r"$4.9 \times 10^{-8}$", RIGHT),
+    (gold("2√3"), r"2\sqrt{3}", RIGHT),
+    (gold(r"2\sqrt{3}"), "2", WRONG),
+    (gold("1/3"), "0.33", WRONG),
+    (gold("1/3", precision=2), "0.33", RIGHT),
+    (gold("-.5"), "-0.5", RIGHT),
+    (gold("- 3"), "−3", RIGHT),
+    # dress that takes nothing away from an answer
+    (gold("12"), "x = 12", RIGHT),
+    (gold("12"), "(12)", RIGHT),
+    (gold("12"), r"$\boxed{12}$", RIGHT),
+    (gold("12"), "The answer is 12.", RIGHT),
+    (gold("12"), "12 apples", RIGHT),
+    (gold("1234.5"), "1,234.50", RIGHT),
+    (gold(r"$\frac{1}{3}$"), "1/3", RIGHT),
+    (gold("\x0crac{36}{13}"), "36/13", RIGHT),  # MathVision has one `\frac` whose `\f` became a form feed
+    (gold("69{degrees}"), r"69^\circ", RIGHT),
+    (gold("7/3"), r"2\frac{1}{3}", RIGHT),
+    (gold("12 cm^2"), r"12\,\mathrm{cm}^2", RIGHT),
+    (gold("B", FOUR), "The answer is (B)", RIGHT),
+    (gold("B", FOUR), "**b**", RIGHT),
+    (gold("B", FOUR), "B. 10 m", RIGHT),
+    (gold("B", FOUR), "10 m", RIGHT),
+    (gold("D", FOUR), "0.5", RIGHT),  # one option has this value
+    (gold("a red car", FOUR), "C", RIGHT),  # MathVista: the gold is the option's text
+    (gold("C", FOUR), "A red car", RIGHT),  # the text of option C, not the letter A
+    (gold("B", FIVE), "B. 12", RIGHT),
+    (gold("blue"), "The Blue", RIGHT),
+    (gold("[2013, 2014]"), "2013 and 2014", RIGHT),
+    (gold(r"9\pi"), "9π", RIGHT),
+    (gold("Area $=9 \\pi \\mathrm{cm}^{2}$"), "9π cm^2", RIGHT),
+    (gold("x^2+1"), "$1 + x^2$", RIGHT),
+    (gold("x=2"), "2", RIGHT),
+    (gold(r"2\sqrt{3}"), r"x = \sqrt{12}", RIGHT),
+    (gold("[1,3)"), "[1, 3)", RIGHT),
+    (gold(r"x \geq 3"), "x >= 3", RIGHT),
+    (gold("x^2"), "f(x) = x^2", RIGHT),
+    (gold(("12", "twelve")), "Twelve", RIGHT),  # any accepted answer
+    (gold(("A", "C")), "C", RIGHT),
+    # hedges and tricks
+    (gold("A", FOUR), "A or B", WRONG),
+    (gold("A", FOUR), "A, B, C, D", WRONG),
+    (gold("A", FOUR), "A B C D", WRONG),
+    (gold("A"), "A. or B.", WRONG),
+    (gold("A", FOUR), "not A", WRONG),
+    (gold("A", FOUR), "The answer is not A", WRONG),
+    (gold("A", FOUR), "a red car", WRONG),
+    (gold("A", FOUR), "that", WRONG),
+    (gold("A", FOUR), "B. 10 cm", WRONG),  # letter and text of two options
+    (gold("B", FOUR), "10", WRONG),  # two options have this value
+    (gold("A", FOUR), "E", WRONG),
+    (gold("B", ("x", "ed")), "Bed", WRONG),
+    (gold(("A", "C")), "A, C", WRONG),
+    (gold("A"), "[A]nything", WRONG),
+    (gold("12"), "12 or 13", WRONG),
+    (gold("12"), "not 12", WRONG),
+    (gold("12"), "11, 12, 13", WRONG),
+    (gold("12"), "12x", WRONG),
+    (gold("12"), "12 million", WRONG),
+    (gold("12"), "1 2", WRONG),
+    (gold("12"), "2x = 12", WRONG),
+    (gold("12"), "120/10/1", WRONG),
+    (gold("12 cm"), "12 m", WRONG),
+    (gold("0.5%"), "0.5", RIGHT),
+    (gold("50%"), "0.5%", WRONG),
+    (gold("12"), "1/0", WRONG),
+    (gold("12"), "1e999", WRONG),
+    (gold("1234567"), "1234568", WRONG),
+    (gold("3.0001"), "3", WRONG),
+    (gold("12:30"), "6:15", WRONG),  # a clock, for all we know
+    (gold("[2013, 2014]"), "[2014, 2013]", WRONG),
+    (gold("[2013, 2014]"), "[2013, 2014, 2015]", WRONG),
+    (gold("(1,2)"), "[1,2]", WRONG),
+    (gold("(1,2)"), "1:2", WRONG),
+    (gold("yes"), "yes and no", WRONG),
+    (gold("3 red cars"), "3 blue cars", WRONG),
+    (gold("cat"), "act", WRONG),  # to math-verify both are a*c*t
+    (gold(r"2\sqrt{3}"), r"5 or 2\sqrt{3}", WRONG),
+    (gold(r"2\sqrt{3}"), r"2\sqrt{3}, 5", WRONG),
+    (gold(r"2\sqrt{3}"), r"$5$ $2\sqrt{3}$", WRONG),
+    (gold(r"2\sqrt{3}"), r"5 = 2\sqrt{3}", WRONG),
+    (gold(r"2\sqrt{3}"), r"x = 5 = 2\sqrt{3}", WRONG),
+    (gold("x=2"), "x = 5 = 2", WRONG),
+    (gold("x=2"), "5 = 2", WRONG),
+    (gold(r"x \geq 3"), "x > 3", WRONG),
+    (gold(r"2\sqrt{3}"), r"\boxed{5}\boxed{2\sqrt{3}}", WRONG),
+    (gold(r"2\sqrt{3}"), r"\pm 2\sqrt{3}", WRONG),
+    (gold(r"2\sqrt{3}"), r"not 2\sqrt{3}", WRONG),
+    (gold(r"2\sqrt{3}"), "3.46", WRONG),
+    (gold(r"2\sqrt{3}"), "", WRONG),
+    (gold("[1,3)"), "(1,3)", WRONG),
+]
+
+
+@pytest.mark.parametrize("record, answer, expected", JUDGED, ids=[f"{r.answer}<-{a}" for r, a, _ in JUDGED])
+def test_judge(record, answer, expected):
+    assert answer_matches(answer, record) is expected
+    assert accuracy_reward(tagged(answer), record) == float(expected)
+
+
+def test_answers_are_wrong_rather_than_slow():
+    """Answers meant to break the parser; none may reach sympy and use up a time-out."""
+    before, start = rewards.VERIFIER.timeouts, time.time()
+    hostile = ["9**9**9**9", "9^{9^{9^9}}", "10^{999999999}", "(99999!)", "(" * 30 + "1" + ")" * 30, "[" * 999,
+               "(" * 100_000, "{" * 100_000, "9" * 100_000, "A " * 50_000, "1," * 400, "\\frac" * 150, "$" * 900,
+               "<answer>" * 50_000, "\\boxed{" * 20_000, "answer is " * 20_000, "\x00", "\ud800"]
+    for record in (gold("12"), gold("A", FOUR), gold("A"), gold("(1,2)"), gold("yes"), gold(r"2\sqrt{3}")):
+        for answer in hostile:
+            assert not answer_matches(answer, record), (record.answer, answer[:30])
+            assert accuracy_reward(answer, record) == accuracy_reward(tagged(answer), record) == 0
+            format_reward(answer)
+    assert time.time() - start < 8 and rewards.VERIFIER.timeouts == before
+
+
+# --- faults of the official code that ours must not have -------------------------------------------------------------
+
+def test_no_bonus_for_a_group_that_is_all_wrong():
+    """Official: all lengths of an all-wrong group became inf, inf > 100, so response 0, a WRONG one, got the bonus."""
+    lengths = torch.tensor([[150, 300, 200, 120]])
+    assert shortest_correct_bonus(torch.zeros(1, 4, dtype=torch.bool), lengths).tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("answer", ["E", "yes", "cat", "(1,2)"])
+def test_no_gold_pays_for_any_answer(answer):
+    """Official: a gold that math-verify could not parse paid 1.0 for anything, and E, yes, cat, (1,2) could not be."""
+    assert accuracy_reward(tagged(answer), gold(answer)) == 1
+    assert accuracy_reward(tagged("anything"), gold(answer)) == 0
+
+
+def test_accuracy_is_not_read_off_the_sum():
+    """Official: "correct" was the sum truncated, so with format worth 1 every well-formed answer was correct."""
+    out = group_rewards([[tagged("7"), tagged("8")]], torch.tensor([[200, 200]]), [gold("12")], style="observe",
+                        format_weight=1.0)
+    assert out.total.tolist() == [[1, 1]] and out.accuracy.tolist() == [[0, 0]]
+    assert out.bonus.tolist() == [[0, 0]] and out.weight.tolist() == [0]
+
+
+def test_tags_are_no_part_of_the_answer():
+    """Official: answers were parsed with their tags on, and these scored 0."""
+    assert accuracy_reward("<answer>0.5</answer>", gold("0.5")) == 1
+    assert accuracy_reward("<answer>42 ft</answer>", gold("42")) == 1
+
+
+def test_golds_are_read_whole():
+    """Official: gold "1228 142.67" was its last number, and the letter rule a substring test."""
+    assert not answer_matches("142.67", gold("1228 142.67"))
+    assert answer_matches("1228 142.67", gold("1228 142.67"))
+    options = ("10 m", "10 cm")
+    assert answer_matches("B. 10 cm", gold("B", options))  # failed, because of the c
+    assert not answer_matches("B. 10 m", gold("B", options))  # passed
+    assert accuracy_reward("<answer>that</answer>", gold("A")) == 0  # passed
+
+
+def test_gold_goes_first_into_math_verify():
+    """Official: swapped. math-verify unwraps "x = 2" in what it is given second, so the two orders differ."""
+    verifier = rewards.VERIFIER
+    equation, value = "2x + z = 1", "1"
+    assert verifier(value, equation) and not verifier(equation, value)
+    assert not answer_matches(value, gold(equation))
+
+
+def test_equal_rewards_give_exactly_zero():
+    """Official: eight rewards of 0.7 have a std of float noise; over 1e-9 it made |A| = 0.9 out of nothing."""
+    for value in (0.7, 0.1, 1.7, 0.0, 1 / 3):
+        for normalize in (True, False):
+            assert group_advantages(torch.full((3, 8), value), normalize).eq(0).all()
+
+
+def test_the_logged_reward_holds_the_bonus():
+    """Official: the reward that was logged left it out."""
+    out = group_rewards([[tagged("12"), tagged("13")]], torch.tensor([[150, 150]]), [gold("12")], style="observe")
+    assert torch.allclose(out.total, torch.tensor([[1.7, 0.5]]))
+
+
+# --- golds -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, choices, kind", [
+    ("C", (), "choice"), ("(C)", (), "choice"), ("a red car", FOUR, "choice"), ("12", (), "number"),
+    ("2191.7 metres", (), "number"), ("33.31%", (), "number"), ("5/21", (), "number"), ("(3,-4)", (), "list"),
+    ("[2013, 2014]", (), "list"), ("1:2", (), "list"), ("Yes", (), "text"), ("T-shirt", (), "text"),
+    ("S 23.5 ^\\circ W", (), "text"), ("3 red cars", (), "text"), ("10-20", (), "text"), (r"2\sqrt{3}", (), "math"),
+    ("2x+3", (), "math"), ("[1,3)", (), "math"), (("12", "twelve"), (), "text"), (("2√3", "3.46"), (), "math"),
+])
+def test_answer_types(answer, choices, kind):
+    assert gold(answer, choices).answer_type == kind
+
+
+@pytest.mark.parametrize("answer, choices, kind", [
+    ("", (), ""), ("  ", (), ""), ((), (), ""), (("1", ""), (), ""), (None, (), ""), ("12", (), "numbr"),
+    ("F", FOUR, ""), ("a blue car", FOUR, ""), ("cat", (), "choice"), ("cat", (), "number"), ("12", (), "list"),
+    ("?!", (), "text"), ("x" * 1001, (), "text"),
+])
+def test_golds_that_no_rule_reads_are_refused_by_name(answer, choices, kind):
+    with pytest.raises(ValueError, match="record r1: "):
+        gold(answer, choices, answer_type=kind)
+
+
+def test_numbers():
+    for text, value in [("-.5", -0.5), ("- 3", -3), ("1,234.5", 1234.5), ("5/21", 5 / 21), ("12 cm", 12), ("145°", 145),
+                        ("50%", 50), ("4.9e-8", 4.9e-8), ("−7", -7), ("1e999", None), ("1/0", None), ("12 or 13", None),
+                        ("1,23", None), ("2 pi", None), ("", None)]:
+        assert parse_number(text) == value, text
+
+
+def test_check_golds_names_every_record():
+    good = [gold(r"2\sqrt{3}"), gold("x^2"), gold("cat")]
+    check_golds(good)
+    bad = [Record(f"bad{i}", "?", "\\nonsense{", answer_type="math") for i in range(12)]
+    with pytest.raises(ValueError, match=r"12 answers") as error:
+        check_golds(good + bad)
+    message = str(error.value)
+    assert all(f"bad{i}:" in message for i in range(10)) and "bad10" not in message and "and 2 more" in message
+
+
+# --- the verifier ----------------------------------------------------------------------------------------------------
+
+HANGS = r"\frac{(x+y)^{300}}{(x-y)^{299}}"  # sympy goes on for minutes over this one
+
+
+def test_a_hung_verifier_is_killed_and_counted():
+    verifier = Verifier(timeout=1.0)
+    assert verifier("2", "2")  # started, so that only the hang is timed
+    worker, start = verifier._process, time.time()
+    assert not verifier(r"2\sqrt{3}", HANGS)
+    assert 0.9 < time.time() - start < 3 and verifier.timeouts == 1 and not worker.is_alive()
+    assert not verifier(r"2\sqrt{3}", HANGS) and verifier.timeouts == 1  # remembered: a group says the same 8 times
+    assert verifier(r"2\sqrt{3}", r"\sqrt{12}")  # a fresh worker answers
+    verifier._process.kill()  # as the kernel does when memory runs out
+    verifier._process.join()
+    assert verifier("3", "3") and verifier.timeouts == 1
+    verifier.close()
+
+
+def test_a_greedy_verifier_is_stopped_by_its_memory_limit():
+    verifier = Verifier(timeout=20.0, memory=1 << 28)
+    assert verifier("2", "2")
+    worker, start = verifier._process, time.time()
+    assert not verifier(r"2\sqrt{3}", "2^{10^{10}}")  # 1.25 GB of digits
+    assert verifier.timeouts == 0 and time.time() - start < 15 and worker.is_alive()
+    assert verifier("3", "3")
+    verifier.close()
+
+
+def test_verifier_works_from_a_thread():
+    """math-verify's own time-out is SIGALRM, which raises in a thread; verl scored every MATH answer 0 that way."""
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.append(answer_matches(r"\sqrt{20}", gold(r"2\sqrt{5}"))))
+    thread.start()
+    thread.join(60)
+    assert verdicts == [True]
+
+
+def test_no_worker_without_math(monkeypatch):
+    fresh = Verifier()
+    monkeypatch.setattr(rewards, "VERIFIER", fresh)
+    for record in (gold("12"), gold("A", FOUR), gold("(1,2)"), gold("yes")):
+        answer_matches("12", record)
+    check_golds([gold("12"), gold("yes")])
+    assert fresh._process is None
+
+
+# --- groups, by hand -------------------------------------------------------------------------------------------------
+
+def test_bonus():
+    correct = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    lengths = torch.tensor([
+        [300, 150, 200, 110],  # the shortest CORRECT one
+        [180, 180, 50, 50],  # a tie: the first
+        [500, 100, 400, 9],  # the shortest correct is at the floor: nobody, not the next one
+        [90, 101, 300, 101],  # just over the floor
+        [500, 500, 500, 500]])  # nobody is right
+    expected = torch.tensor([[0, .2, 0, 0], [.2, 0, 0, 0], [0, 0, 0, 0], [0, .2, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(shortest_correct_bonus(correct, lengths), expected)
+    assert shortest_correct_bonus(correct, lengths, coef=1, min_length=99)[2].tolist() == [0, 1, 0, 0]
+
+
+def test_advantages():
+    rewards_ = torch.tensor([[1.0, 0, 0, 0], [1.5, 1.5, 0.5, 0.5], [0.7, 0.7, 0.7, 0.7]])
+    # mean 1/4, unbiased std 1/2; mean 1, std 1/sqrt(3)
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [3**.5 / 2, 3**.5 / 2, -(3**.5) / 2, -(3**.5) / 2], [0, 0, 0, 0]])
+    assert torch.allclose(group_advantages(rewards_), expected, atol=1e-5)
+    centred = torch.tensor([[.75, -.25, -.25, -.25], [.5, .5, -.5, -.5], [0, 0, 0, 0]])
+    assert torch.allclose(group_advantages(rewards_, normalize_std=False), centred, atol=1e-6)
+
+
+def test_groups_of_one_are_refused():
+    with pytest.raises(ValueError, match="two responses"):
+        group_advantages(torch.ones(4, 1))
+
+
+def test_difficulty_weight():
+    assert difficulty_weight(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, pytest.approx(1.8), 0]
+    eighths = difficulty_weight(torch.arange(9) / 8)
+    assert torch.allclose(eighths, torch.tensor([0, .7875, 1.35, 1.6875, 1.8, 1.6875, 1.35, .7875, 0]))
+    assert difficulty_weight(torch.tensor([0.5]), sigma=1.0).item() == 1
+
+
+def test_group_rewards():
+    right, wrong, bare = tagged("12"), tagged("13"), r"\boxed{12}"
+    texts = [[right, bare, wrong, "no idea"], [wrong] * 4, [right, right, right, bare]]
+    lengths = torch.tensor([[200, 150, 300, 5], [200] * 4, [50, 150, 150, 150]])
+    out = group_rewards(texts, lengths, [gold("12")] * 3, style="observe")
+    assert out.answers[0] == ["12", "12", "13", None]
+    assert out.accuracy.tolist() == [[1, 1, 0, 0], [0] * 4, [1] * 4]
+    assert out.format.tolist() == [[1, 0, 1, 0], [1] * 4, [1, 1, 1, 0]]
+    assert torch.allclose(out.total, torch.tensor([[1.5, 1.2, .5, 0], [.5] * 4, [1.5, 1.5, 1.5, 1]]))
+    assert torch.allclose(out.weight, torch.tensor([1.8, 0, 0])) and out.signal.tolist() == [True, False, False]
+    mean, std = 0.8, math.sqrt((.7**2 + .4**2 + .3**2 + .8**2) / 3)
+    by_hand = torch.tensor([1.8 * (r - mean) / std for r in (1.5, 1.2, .5, 0)])
+    assert torch.allclose(out.advantages[0], by_hand, atol=1e-4) and out.advantages[1:].eq(0).all()
+    assert out.observation.isnan().all()
+    plain = group_rewards(texts, lengths, [gold("12")] * 3, style="observe", sigma=None)
+    assert plain.weight.tolist() == [1, 1, 1]
+    assert plain.signal.tolist() == [True, False, True]  # the third by its format alone
+    assert plain.advantages[2, 3] < -1
+
+
+# --- observation -----------------------------------------------------------------------------------------------------
+
+def test_observation_accuracy():
+    record = gold("12", meta={"facts": ["red 3", "blue 5"]})
+
+    def score(observed: str) -> float | None:
+        return observation_accuracy(f"<observe>{observed}</observe><think>t</think>", record, "observe")
+
+    assert score("Red  3, BLUE 5.") == 1
+    assert score("red 3") == 0.5  # 1 of 2
+    assert score("red 3, blue 4") == 0.5
+    assert score("red 3; blue 5 | green 1\ngreen 2") == 0.5  # 2 of 4 stated: no use in stating everything
+    assert score("red 3, red 3, red 3, red 3") == 0.25  # a fact counts once
+    assert score("") == 0
+    assert observation_accuracy("<think>red 3</think>", record, "observe") == 0  # asked for, and not there
+    assert observation_accuracy("<observe>red 3</observe>", record, "think") is None
+    assert observation_accuracy("<observe>red 3</observe>", gold("12"), "observe") is None
+    twice = gold("12", meta={"facts": ["red 3", "red 3", "blue 5"]})
+    assert observation_accuracy("<observe>red 3, red 3</observe>", twice, "observe") == pytest.approx(2 / 3)
