@@ -126,8 +126,8 @@ NUMBER = re.compile(rf"""([+-]?)\s*[$€£¥]?\s*
       |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))  # 1,234.5 or 4.9e-8
     (\s*)([%°$€£¥a-zµμω][a-zµμω°²³0-9\s./·^{{}}-]*)?""", re.IGNORECASE | re.VERBOSE)
 # Signs that a gold needs math-verify: operators, half-open intervals, a letter times or minus something, functions.
-MATH = re.compile(r"[\\$^_=+*<>{}\[\]|√π∞≤≥×÷²³]|\d!|\d[a-zA-Z]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|"
-                  r"\b(?:pi|sqrt|sin|cos|tan|log|ln)\b")
+MATH = re.compile(r"[\\$^_=+*<>{}\[\]|√π∞≤≥×÷²³]|\d!|\d[a-zA-Z]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|"
+                  r"\b[a-z]\(|\b(?:pi|sqrt|sin|cos|tan|log|ln)\b")
 
 
 def unwrap(text: str) -> str:

@@ -206,9 +206,9 @@ def _named_option(answer: str, choices: tuple[str, ...]) -> int | None:
 ENDLESS = re.compile(r"\^[\s{(]*-?\d{4,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}")
 LATEX = [(re.compile(pattern), latex) for pattern, latex in (  # unicode and plain spellings that math-verify misreads
     (r"[−–]", "-"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
-    (r"√\s*(?=\{)", r"\\sqrt"), ("×", r"\\times "), ("[·⋅]", r"\\cdot "), ("÷", "/"), (">=|≥", r"\\geq "), ("<=|≤", r"\\leq "),
-    ("!=|≠", r"\\neq "), (r"\*\*", "^"), ("²", "^{2}"), ("³", "^{3}"), ("∞", r"\\infty "), ("π", r"\\pi "), (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
-    (r"(?<=[\s\d})])(?:mm|cm|dm|km)\s*(?:\^\s*\{?[23]\}?)?$", ""))]
+    (r"√\s*(?=\{)", r"\\sqrt"), ("×", r"\\times "), ("[·⋅]", r"\\cdot "), ("÷", "/"), (r"\*\*", "^"), ("²", "^{2}"),
+    ("³", "^{3}"), (">=|≥", r"\\geq "), ("<=|≤", r"\\leq "), ("!=|≠", r"\\neq "), ("∞", r"\\infty "), ("π", r"\\pi "),
+    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "), (r"(?<=[\s\d})])(?:mm|cm|dm|km)\s*(?:\^\s*\{?[23]\}?)?$", ""))]
 
 
 def _latex(text: str, dirty: bool = False) -> str:
@@ -217,7 +217,7 @@ def _latex(text: str, dirty: bool = False) -> str:
     text = unwrap(parts[1] if dirty and len(parts) == 3 else text)
     for pattern, latex in LATEX:
         text = pattern.sub(latex, text)
-    return text.strip().removeprefix("=").strip()
+    return " ".join(text.split()).removeprefix("=").strip()
 
 
 def _math(answer: str, gold: str, record: Record, verifier: Verifier) -> bool:
@@ -228,7 +228,7 @@ def _math(answer: str, gold: str, record: Record, verifier: Verifier) -> bool:
         answer = _after(ASSIGNED, answer)  # "x = 2" is 2; "5 = 2" and "x = 5 = 2" hedge
     if answer.count("=") > gold.count("="):
         return False
-    if not answer or "$" in answer or "\\boxed" in answer or ENDLESS.search(answer):
+    if not answer or ENDLESS.search(answer) or re.search(r"\$|\\boxed|\\[(\[]", answer):  # several formulas: a hedge
         return False
     return verifier(gold, answer)
 

@@ -165,6 +165,7 @@ JUDGED = [
     (gold("[1,3)"), "[1, 3)", RIGHT),
     (gold(r"x \geq 3"), "x >= 3", RIGHT),
     (gold("x^2"), "f(x) = x^2", RIGHT),
+    (gold(r"2\sqrt{3}"), "$2\n\\sqrt{3}$", RIGHT),
     (gold(("12", "twelve")), "Twelve", RIGHT),  # any accepted answer
     (gold(("A", "C")), "C", RIGHT),
     # hedges and tricks
@@ -177,7 +178,7 @@ JUDGED = [
     (gold("A", FOUR), "a red car", WRONG),
     (gold("A", FOUR), "that", WRONG),
     (gold("A", FOUR), "B. 10 cm", WRONG),  # letter and text of two options
-    (gold("B", FOUR), "10", WRONG),  # two options have this value
+    (gold("A", FOUR), "10", WRONG),  # two options have this value
     (gold("A", FOUR), "E", WRONG),
     (gold("B", ("x", "ed")), "Bed", WRONG),
     (gold(("A", "C")), "A, C", WRONG),
@@ -213,6 +214,9 @@ JUDGED = [
     (gold("x=2"), "x = 5 = 2", WRONG),
     (gold("x=2"), "5 = 2", WRONG),
     (gold(r"x \geq 3"), "x > 3", WRONG),
+    (gold(r"2\sqrt{3}"), r"5$ $2\sqrt{3}", WRONG),  # math-verify takes the last formula it finds
+    (gold(r"2\sqrt{3}"), r"5 \boxed{2\sqrt{3}}", WRONG),
+    (gold(r"2\sqrt{3}"), "5\n\\(2\\sqrt{3}\\)\n", WRONG),
     (gold(r"2\sqrt{3}"), r"\boxed{5}\boxed{2\sqrt{3}}", WRONG),
     (gold(r"2\sqrt{3}"), r"\pm 2\sqrt{3}", WRONG),
     (gold(r"2\sqrt{3}"), r"not 2\sqrt{3}", WRONG),
@@ -318,7 +322,7 @@ def test_answer_types(answer, choices, kind):
 @pytest.mark.parametrize("answer, choices, kind", [
     ("", (), ""), ("  ", (), ""), ((), (), ""), (("1", ""), (), ""), (None, (), ""), ("12", (), "numbr"),
     ("F", FOUR, ""), ("a blue car", FOUR, ""), ("cat", (), "choice"), ("cat", (), "number"), ("12", (), "list"),
-    ("?!", (), "text"), ("x" * 1001, (), "text"),
+    ("?!", (), "text"), (" $ $ ", (), "math"), ("x" * 1001, (), "text"),
 ])
 def test_golds_that_no_rule_reads_are_refused_by_name(answer, choices, kind):
     with pytest.raises(ValueError, match="record r1: "):

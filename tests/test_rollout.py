@@ -1,0 +1,289 @@
+"""The sampler and the trainer must see one distribution: pitfalls that change log-probs without an error.
+
+Checks 1-8 and 14 of the field's known faults, on the shipped model and on tiny random models of the other families.
+"""
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+from data import PROMPTS, Processor, Record
+from rollout import generation_config, load_policy, response_logprobs, sample_groups
+
+
+def picture(width: int, height: int, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mixed() -> list[Record]:
+    """Unequal pictures, several pictures, none: rows of every kind in one batch."""
+    return [
+        Record("one", "What is the sum of all the digits?", "1", (picture(56, 28, 0),)),
+        Record("two", "<image> Is it <image>?", "yes", (picture(28, 84, 1), picture(84, 56, 2))),
+        Record("none", "What is the largest digit? " * 3, "3", ()),
+        Record("large", "Which row has the largest sum?", "A", (picture(112, 84, 3),), ("row 1", "row 2")),
+    ]
+
+
+def encode(processor, records):
+    return [processor.encode(r, "observe") for r in records]
+
+
+def sample(model, processor, records, **options):
+    options = {"samples": 2, "temperature": 1.0, "max_tokens": 12, "seed": 3} | options
+    return sample_groups(model, processor, records, encode(processor, records), **options)
+
+
+def sampler_logprobs(model, processor, records, temperature=1.0, tokens=12):
+    """Responses from `generate`, and the log-probs of its own processed scores."""
+    prompts = encode(processor, records)
+    inputs = processor.collate(prompts)
+    torch.manual_seed(0)
+    out = model.eval().generate(
+        **inputs, generation_config=generation_config(processor, samples=1, temperature=temperature, max_tokens=tokens),
+        return_dict_in_generate=True, output_scores=True)
+    new = out.sequences[:, inputs["input_ids"].shape[1]:]  # [N, T]
+    logp = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]  # [N, T]
+    responses, kept = [], []
+    for row, values in zip(new.tolist(), logp):
+        end = next((t + 1 for t, token in enumerate(row) if token in processor.stop_ids), len(row))
+        responses.append(row[:end])
+        kept.append(values[:end])
+    return prompts, responses, kept
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("micro", [1, 2, 3, 4])
+def test_trainer_scores_what_the_sampler_sampled(model, processor, mixed, micro, temperature):
+    """Padding, image order, positions, temperature, suppressed tokens: any slip moves these by 0.01 or more."""
+    prompts, responses, expected = sampler_logprobs(model, processor, mixed, temperature)
+    for i in range(0, len(prompts), micro):
+        logp, _, mask = response_logprobs(model, processor, prompts[i:i + micro], responses[i:i + micro], temperature)
+        for row, keep, want in zip(logp, mask, expected[i:i + micro]):
+            torch.testing.assert_close(row[keep], want, atol=1e-5, rtol=0)
+
+
+def test_checkpointing_and_train_mode_change_nothing(processor, mixed, model):
+    """In train mode with checkpointing on, `generate` drops its cache silently, and log-probs are off by 2."""
+    want = sample(model, processor, mixed)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    got = sample(model, processor, mixed)
+    assert [g.responses for g in got] == [g.responses for g in want]
+    assert model.training, "the mode is handed back as it was"
+    prompts, responses, expected = sampler_logprobs(model, processor, mixed)
+    logp, _, mask = response_logprobs(model.train(), processor, prompts, responses, 1.0)
+    torch.testing.assert_close(logp[mask], torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_a_row_alone_is_the_row_in_a_batch(shipped, processor, mixed):
+    """Left padding must not leak into positions or attention."""
+    together = sample(shipped, processor, mixed, samples=1, temperature=0)
+    for i, record in enumerate(mixed):
+        assert sample(shipped, processor, [record], samples=1, temperature=0)[0].responses == together[i].responses
+
+
+def test_swapped_and_removed_pictures_are_noticed(shipped, processor, mixed):
+    """A batch with pictures in the wrong order raises no error: only the log-probs tell."""
+    prompts = encode(processor, mixed[:1] + [replace(mixed[0], images=(picture(56, 28, 9),))])
+    responses = [[40, 41, 42]] * 2
+    with torch.no_grad():
+        right = response_logprobs(shipped, processor, prompts, responses, 1.0)[0]
+        swapped = [replace(a, pixels=b.pixels) for a, b in zip(prompts, prompts[::-1])]
+        wrong = response_logprobs(shipped, processor, swapped, responses, 1.0)[0]
+    assert (right - wrong).abs().max() > 1e-3
+    with pytest.raises(ValueError):
+        response_logprobs(shipped, processor, [replace(prompts[0], pixels=None, grid=None)] + prompts[1:], responses, 1.0)
+
+
+def test_placeholders_match_the_grid(processor, mixed):
+    """One placeholder per merged patch, and the model told which they are."""
+    prompts = encode(processor, mixed)
+    for prompt in prompts:
+        want = 0 if prompt.grid is None else int(prompt.grid.prod(1).sum()) // 4
+        assert (prompt.ids == processor.image_id).sum() == want
+    batch = processor.collate(prompts, [[50], [51, 52], [], [53]])
+    assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == processor.image_id)
+    assert batch["pixel_values"].shape[0] == batch["image_grid_thw"].prod(1).sum()
+    assert batch["attention_mask"].sum(1).tolist() == [len(p.ids) + n for p, n in zip(prompts, [1, 2, 0, 1])]
+
+
+def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
+    """Qwen ships temperature 1e-6, top_k 1, repetition_penalty 1.05: all G rollouts would be one."""
+    want = sample(model, processor, mixed[:1], samples=8)
+    model.generation_config = hostile = GenerationConfig(
+        do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.5, min_new_tokens=12, eos_token_id=9,
+        forced_eos_token_id=7, no_repeat_ngram_size=1)
+    got = sample(model, processor, mixed[:1], samples=8)
+    assert got[0].responses == want[0].responses
+    assert len({tuple(r) for r in got[0].responses}) == 8
+    assert model.generation_config is hostile
+
+
+def test_generation_config_states_everything_that_shapes_sampling(processor):
+    config = generation_config(processor, samples=8, temperature=0.9, max_tokens=50)
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.9, 1.0, 0)
+    assert (config.repetition_penalty, config.num_return_sequences, config.max_new_tokens) == (1.0, 8, 50)
+    assert config.eos_token_id == processor.stop_ids and set(config.suppress_tokens) == set(processor.vision_ids)
+    assert not generation_config(processor, samples=1, temperature=0, max_tokens=5).do_sample
+
+
+def test_vision_tokens_have_probability_zero(model, processor, mixed):
+    """A sampled <|image_pad|> is an image without pixels: scoring crashes. So neither side may give it any mass."""
+    with torch.no_grad():
+        model.lm_head.weight[processor.vision_ids] = 10 * model.lm_head.weight.abs().mean()  # make them attractive
+    groups = sample(model, processor, mixed[:1], samples=16)
+    assert not set(processor.vision_ids) & {t for r in groups[0].responses for t in r}
+    logp, _, _ = response_logprobs(model, processor, encode(processor, mixed[:1]), [[processor.vision_ids[0]]], 1.0)
+    assert logp.item() == float("-inf")
+
+
+class Scripted:
+    """Stands where the policy stands and `generates` given rows: what the cutting does is then seen exactly."""
+
+    def __init__(self, rows):
+        self.rows, self.training, self.generation_config, self.device = rows, False, None, torch.device("cpu")
+        self.model = type("Inner", (), {"rope_deltas": None})()
+
+    def eval(self):
+        return self
+
+    def train(self, mode=True):
+        return self
+
+    def generate(self, input_ids, generation_config, **_):
+        return torch.cat([input_ids, torch.tensor(self.rows)], 1)
+
+
+def test_responses_end_at_the_first_of_several_stop_tokens(processor, mixed):
+    """EOS, second EOS (which is the pad token), none, at position 0, pad after the end: the mask is positional."""
+    im_end, eot = (processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    assert processor.pad_id == eot and set(processor.stop_ids) == {im_end, eot}
+    rows = [[60, 61, im_end, eot], [60, eot, eot, eot], [60, 61, 62, 63], [im_end, eot, eot, eot]]
+    [group] = sample_groups(Scripted(rows), processor, mixed[:1], encode(processor, mixed[:1]), samples=4, temperature=1,
+                            max_tokens=4, seed=0)
+    assert group.responses == [[60, 61, im_end], [60, eot], [60, 61, 62, 63], [im_end]]
+    assert group.truncated == [False, False, True, False]
+
+
+def test_mask_counts_the_stop_token_even_where_it_is_the_pad_token(shipped, processor, mixed):
+    """A mask made from token values would drop a real <|endoftext|>, and with it the only push to stop."""
+    with torch.no_grad():
+        logp, entropy, mask = response_logprobs(
+            shipped, processor, encode(processor, mixed[:3]), [[60, processor.pad_id], [60], [61, 62, 63]], 1.0)
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    assert (logp[~mask] == 0).all() and (logp[mask] < 0).all()
+    assert (entropy[mask] > 0).all() and entropy.max() <= np.log(len(processor.tokenizer))
+
+
+def test_entropy_is_of_the_sampling_distribution(shipped, processor, mixed):
+    """By hand, from the full logits of one position."""
+    prompt = encode(processor, mixed[:1])
+    with torch.no_grad():
+        _, entropy, _ = response_logprobs(shipped, processor, prompt, [[60]], 0.5)
+        logits = shipped(**processor.collate(prompt)).logits[0, -1] / 0.5
+    logits[processor.vision_ids] = float("-inf")
+    p = logits.softmax(-1)
+    assert entropy.item() == pytest.approx(-(p[p > 0] * p[p > 0].log()).sum().item(), abs=1e-5)
+
+
+def test_seeds_decide_and_the_global_random_state_is_left_alone(shipped, processor, mixed):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = (sample(shipped, processor, mixed, seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [g.responses for g in first] == [g.responses for g in again] != [g.responses for g in other]
+
+
+def test_prompts_in_batches_come_back_in_order(shipped, processor, mixed):
+    """Batches are made by length; what comes back must stand by its own record."""
+    records = mixed * 2
+    greedy = {"samples": 1, "temperature": 0}
+    small, large = (sample(shipped, processor, records, **greedy, max_rows=rows) for rows in (1, 64))
+    assert [g.record.id for g in small] == [r.id for r in records]
+    assert [g.responses for g in small] == [g.responses for g in large]
+
+
+def test_saved_and_loaded_again_gives_the_same_logits(shipped, processor, mixed, tmp_path):
+    """A tied head saved twice, or a renamed key, loads as noise without an error."""
+    shipped.save_pretrained(tmp_path)
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    inputs = processor.collate(encode(processor, mixed))
+    again = load_policy(str(tmp_path)).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, shipped(**inputs).logits)
+
+
+def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
+    """Qwen2-VL and Qwen3-VL, tiny and random, with the toy's tokenizer."""
+    shape = {"vocab_size": len(processor.tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"image_token_id": processor.image_id, "vision_start_token_id": processor.vision_ids[0],
+           "vision_end_token_id": processor.vision_ids[1], "video_token_id": processor.vision_ids[-1]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    families = {
+        "qwen2_vl": {"text_config": shape | {"rope_parameters": rope},
+                     "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}},
+        "qwen3_vl": {"text_config": shape | {"head_dim": 16, "rope_parameters": rope},
+                     "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                                       "out_hidden_size": 64, "patch_size": 14, "deepstack_visual_indexes": [0]}},
+    }
+    for family, settings in families.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **settings, **ids)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / family)
+        policy = load_policy(str(tmp_path / family)).eval()
+        prompts, responses, expected = sampler_logprobs(policy, processor, mixed)
+        logp, _, mask = response_logprobs(policy, processor, prompts, responses, 1.0)
+        torch.testing.assert_close(logp[mask], torch.cat(expected), atol=1e-5, rtol=0, msg=family)
+
+
+def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        load_policy(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="'gpt2' model"):
+        load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match="not a model folder"):
+        load_policy(str(tmp_path / "nowhere"))
+
+
+def test_prompts_are_refused_never_cut(processor, mixed):
+    """Cutting a prompt cuts image tokens; the error says which record and what to do."""
+    length = len(processor.encode(mixed[0], "observe").ids)
+    assert len(processor.encode(mixed[0], "observe", max_tokens=length).ids) == length
+    with pytest.raises(ValueError, match="record one: its prompt is .* --max-prompt-tokens"):
+        processor.encode(mixed[0], "observe", max_tokens=length - 1)
+    with pytest.raises(ValueError, match="record one: 2 <image> marks for 1 pictures"):
+        processor.encode(replace(mixed[0], question="<image><image> ?"), "observe")
+    with pytest.raises(ValueError, match="vision tokens"):
+        processor.encode(replace(mixed[0], question="<|image_pad|> ?"), "observe")
+
+
+def test_max_pixels_is_obeyed():
+    """An ignored limit shows only as memory: 12 tiles must become at most 4 tokens."""
+    from conftest import TOY
+
+    small = Processor(str(TOY / "model"), max_pixels=4 * 28 * 28)
+    record = Record("x", "?", "1", (picture(112, 84, 0),))
+    assert (small.encode(record, "observe").ids == small.image_id).sum() <= 4
+    with pytest.raises(ValueError, match="below the image processor's minimum"):
+        Processor(str(TOY / "model"), max_pixels=100)
+
+
+def test_prompt_styles_ask_for_their_tags(processor, mixed):
+    for style, tags in {"none": ["answer"], "think": ["think", "answer"], "observe": ["observe", "think", "answer"]}.items():
+        text = processor.tokenizer.decode(processor.encode(mixed[0], style).ids)
+        assert PROMPTS[style] in text
+        assert [t for t in ("observe", "think", "answer") if f"<{t}>" in text] == tags
