@@ -195,7 +195,8 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
         stage = "" if line["stage"] is None else f", stage {line['stage']}"
         parts.append(
             f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
-            f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small></div>'
+            f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small>'
+            '</div>'
             f'<div><p><b>{html.escape(question).replace(chr(10), "<br>")}</b><br>gold: {html.escape(gold)}</p>'
             f'{responses}</div></section>')
     path.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--benchmark", default="toy", help=f"{', '.join(BENCHMARKS)}, or any file that data.py reads")
     parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--samples", type=int, default=1, help="responses to a problem; the scores are their mean, avg@k")
+    parser.add_argument("--samples", type=int, default=1, help="k; scores are means over k responses, avg@k")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
     parser.add_argument("--limit", type=int, help="first so many problems only")
@@ -223,14 +224,16 @@ def main() -> None:
                        max_tokens=args.max_tokens, seed=args.seed, verifier=Verifier())
     scores = summarize(results)
     for level, row in {"all": scores, **scores["levels"]}.items():
-        cells = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "levels" and v is not None]
-        print(f"{level:>6}  " + "  ".join(cells))
+        cells = [f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)]
+        print(f"{level:>6}  problems {row['problems']:4d}  " + "  ".join(cells))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "scores.json").write_text(json.dumps(scores | {"settings": {k: str(v) for k, v in vars(args).items()}}, indent=1))
+        settings = {k: str(v) for k, v in vars(args).items()}
+        (args.out / "scores.json").write_text(json.dumps(scores | {"settings": settings}, indent=1))
         with open(args.out / "responses.jsonl", "w") as file:
             for r in results:
-                file.write(json.dumps({"id": r.record.id, "gold": r.record.answer, "samples": [asdict(s) for s in r.samples]}) + "\n")
+                line = {"id": r.record.id, "gold": r.record.answer, "samples": [asdict(s) for s in r.samples]}
+                file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

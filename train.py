@@ -38,7 +38,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +80,8 @@ class Config:
 
     # in what order
     stage: str = setting("all", "rungs of the ladder to train on: all, one (3) or a range (0-3)")
-    order: Literal["ladder", "sorted", "random", "reverse"] = setting("ladder", "order of the problems; unmeasured data: random")
+    order: Literal["ladder", "sorted", "random", "reverse"] = setting(
+        "ladder", "of the problems; unmeasured data has only random")
 
     # sample
     prompt: Literal["none", "think", "observe"] = setting("observe", "prompt style and the format it asks for")
@@ -104,7 +105,7 @@ class Config:
     clip_low: float = setting(0.2, "ratio is clipped at 1 - clip_low")
     clip_high: float = setting(0.2, "ratio is clipped at 1 + clip_high")
     aggregation: Literal["token", "sequence", "constant"] = setting(
-        "token", "loss is the mean over all tokens | over sequences of their token means | sum / (N max tokens), Dr. GRPO")
+        "token", "loss is a mean over tokens | over sequences of their token means | sum / (N max tokens), Dr. GRPO")
     kl_coef: float = setting(0.0, "of the KL to the starting model (k3); 0: no reference is loaded")
     count_no_signal: bool = setting(False, "count the tokens of groups without signal in the loss's denominator")
     mask_truncated: bool = setting(False, "leave cut-off responses out of the loss")
@@ -157,7 +158,8 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--prompts-per-rollout {cfg.prompts_per_rollout} does not divide into --updates-per-rollout "
                          f"{cfg.updates_per_rollout} updates")
     if not cfg.model or not cfg.data:
-        raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with --order random")
+        raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with "
+                         "--order random")
     for name in ("temperature", "lr", "micro_batch", "prompts_per_rollout", "updates_per_rollout", "rollout_rows",
                  "max_response_tokens", "max_prompt_tokens", "max_pixels", "grad_clip", "keep", "eval_samples"):
         if getattr(cfg, name) <= 0:
@@ -367,7 +369,8 @@ def environment() -> dict:
     """Where the run's numbers come from: commit, versions, machine."""
     def git(*args: str) -> str:
         try:
-            return subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True, check=True).stdout.strip()
+            command = ["git", "-C", str(HERE), *args]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"  # not a checkout, or no git
 
@@ -378,7 +381,8 @@ def environment() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
             "python": platform.python_version(), "device": device, "packages": versions, "command": sys.argv}
 
@@ -451,9 +455,9 @@ def log_groups(groups: list[Group], rewards: Rewards, step: int, stage: int | No
 def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
     """Say what will keep a run from learning, while it is cheap to stop."""
     if metrics["format"] < 0.5:
-        tqdm.write(f"warning: only {metrics['format']:.0%} of the first responses have the format of --prompt {cfg.prompt}; "
-                   "groups all wrong or all right carry no format signal. Try an instruction-tuned model, a short "
-                   "supervised start on formatted answers, or --prompt think.")
+        tqdm.write(f"warning: only {metrics['format']:.0%} of the first responses have the format of --prompt "
+                   f"{cfg.prompt}; groups all wrong or all right carry no format signal. Try an instruction-tuned "
+                   "model, a short supervised start on formatted answers, or --prompt think.")
     if metrics["signal"] == 0:
         tqdm.write("warning: no group of the first rollout has a signal: all are "
                    f"{'right' if metrics['accuracy'] > 0.5 else 'wrong'}. Try "
@@ -473,15 +477,17 @@ def main(args: list[str] | None = None) -> None:
 
     source = str(resume_from or cfg.model)
     processor = Processor(source, cfg.max_pixels)
-    model = load_policy(source, device, freeze_vision=cfg.freeze_vision, gradient_checkpointing=cfg.gradient_checkpointing)
+    model = load_policy(source, device, freeze_vision=cfg.freeze_vision,
+                        gradient_checkpointing=cfg.gradient_checkpointing)
     reference = load_policy(cfg.model, device).requires_grad_(False).eval() if cfg.kl_coef > 0 else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
     train, test = load_problems(cfg, processor)
     curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
     verifier = Verifier()
-    (run / "generation_config.json").write_text(generation_config(
-        processor, samples=cfg.group_size, temperature=cfg.temperature, max_tokens=cfg.max_response_tokens).to_json_string())
+    effective = generation_config(processor, samples=cfg.group_size, temperature=cfg.temperature,
+                                  max_tokens=cfg.max_response_tokens)
+    (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
     total_updates = len(curriculum) * cfg.updates_per_rollout
     size = sum(p.numel() for p in model.parameters())
     print(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
@@ -510,7 +516,8 @@ def main(args: list[str] | None = None) -> None:
                 "sampled": evaluate(model, processor, records, temperature=1, samples=samples, seed=0, **options)}
 
     def save() -> Path:
-        path = save_checkpoint(run, model, processor, optimizer, state | {"curriculum": curriculum.state_dict()}, cfg.keep)
+        now = state | {"curriculum": curriculum.state_dict()}
+        path = save_checkpoint(run, model, processor, optimizer, now, cfg.keep)
         plot_curves(logs["metrics.jsonl"], run / "curves.png")
         write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
         return path
@@ -552,8 +559,8 @@ def main(args: list[str] | None = None) -> None:
         try:
             stats = update(model, reference, processor, optimizer, groups, rewards, lrs, cfg)
         except FloatingPointError as error:
-            raise SystemExit(f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. The newest "
-                             f"whole checkpoint is {max(run.glob('checkpoint-0*'), default='none')}; "
+            raise SystemExit(f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. "
+                             f"The newest whole checkpoint is {max(run.glob('checkpoint-0*'), default='none')}; "
                              "try a lower --lr or --grad-clip from there in a new run.") from error
 
         # 4. Log.

@@ -137,7 +137,8 @@ def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number) -> tup
     if family == "read":
         row = rows[min(ask["row"], len(rows)) - 1]
         result = row[min(ask["column"], len(row)) - 1][1]
-        return result, str(result), f" row {ask['row']}:" + "".join(f" {d}" for _, d in row) + f", column {ask['column']}"
+        digits = "".join(f" {d}" for _, d in row)
+        return result, str(result), f" row {ask['row']}:{digits}, column {ask['column']}"
     if family == "table":
         sums = []
         for i, row in enumerate(rows):
@@ -264,7 +265,8 @@ def make_model(folder: Path):
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps: int, batch: int, lr: float, seed: int):
+def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps: int, batch: int, lr: float,
+               seed: int) -> None:
     """Supervised on freshly written responses: observing small pictures first, then all families."""
     rng = random.Random(seed)
     model.train()
@@ -334,8 +336,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, records in (("train", problems), ("test", held_out)):
             save_records(f"{folder}/{name}.parquet", records)
-            subprocess.run([sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model", model_dir,
-                            "--out", f"{folder}/{name}", "--max-tokens", "160"], check=True)
+            subprocess.run([sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
+                            model_dir, "--out", f"{folder}/{name}", "--max-tokens", "160"], check=True)
         (args.out / "ladder").mkdir(exist_ok=True)
         shutil.copy(f"{folder}/train/ladder.parquet", args.out / "ladder" / "ladder.parquet")
         shutil.copy(f"{folder}/test/measured.parquet", args.out / "test.parquet")  # all of it: a test set is not mixed

@@ -103,7 +103,8 @@ def test_swapped_and_removed_pictures_are_noticed(shipped, processor, mixed):
         wrong = response_logprobs(shipped, processor, swapped, responses, 1.0)[0]
     assert (right - wrong).abs().max() > 1e-3
     with pytest.raises(ValueError):
-        response_logprobs(shipped, processor, [replace(prompts[0], pixels=None, grid=None)] + prompts[1:], responses, 1.0)
+        blind = [replace(prompts[0], pixels=None, grid=None), prompts[1]]
+        response_logprobs(shipped, processor, blind, responses, 1.0)
 
 
 def test_placeholders_match_the_grid(processor, mixed):
@@ -122,8 +123,8 @@ def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
     """Qwen ships temperature 1e-6, top_k 1, repetition_penalty 1.05: all G rollouts would be one."""
     want = sample(model, processor, mixed[:1], samples=8)
     model.generation_config = hostile = GenerationConfig(
-        do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.5, min_new_tokens=12, eos_token_id=9,
-        forced_eos_token_id=7, no_repeat_ngram_size=1)
+        do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.5, min_new_tokens=12,
+        eos_token_id=9, forced_eos_token_id=7, no_repeat_ngram_size=1)
     got = sample(model, processor, mixed[:1], samples=8)
     assert got[0].responses == want[0].responses
     assert len({tuple(r) for r in got[0].responses}) == 8
@@ -170,8 +171,7 @@ def test_responses_end_at_the_first_of_several_stop_tokens(processor, mixed):
     im_end, eot = (processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
     assert processor.pad_id == eot and set(processor.stop_ids) == {im_end, eot}
     rows = [[60, 61, im_end, eot], [60, eot, eot, eot], [60, 61, 62, 63], [im_end, eot, eot, eot]]
-    [group] = sample_groups(Scripted(rows), processor, mixed[:1], encode(processor, mixed[:1]), samples=4, temperature=1,
-                            max_tokens=4, seed=0)
+    [group] = sample(Scripted(rows), processor, mixed[:1], samples=4, max_tokens=4)
     assert group.responses == [[60, 61, im_end], [60, eot], [60, 61, 62, 63], [im_end]]
     assert group.truncated == [False, False, True, False]
 
@@ -283,7 +283,8 @@ def test_max_pixels_is_obeyed():
 
 
 def test_prompt_styles_ask_for_their_tags(processor, mixed):
-    for style, tags in {"none": ["answer"], "think": ["think", "answer"], "observe": ["observe", "think", "answer"]}.items():
+    styles = {"none": ["answer"], "think": ["think", "answer"], "observe": ["observe", "think", "answer"]}
+    for style, tags in styles.items():
         text = processor.tokenizer.decode(processor.encode(mixed[0], style).ids)
         assert PROMPTS[style] in text
         assert [t for t in ("observe", "think", "answer") if f"<{t}>" in text] == tags

@@ -1,0 +1,436 @@
+"""The loss against hand-computed values, one update against its own algebra, and whole runs: resume, faults, learning.
+
+Checks 9-11, 13, 15 and 17 of the field's known faults.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOY
+
+import train
+from data import Processor, Record, load_records, save_records
+from rewards import Rewards, group_rewards
+from rollout import load_policy, sample_groups
+from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand():
+    """min of the two terms, for either sign: with `max` in place of `min`, bad tokens are pushed without bound."""
+    old = torch.zeros(2, 3)
+    logp = torch.tensor([[1.5, 1.1, 0.5], [1.5, 1.1, 0.5]]).log()
+    adv = torch.tensor([1.0, -1.0])
+    loss, stats = grpo_loss(logp, old, adv, torch.ones(2, 3))
+    # A = +1: min(1.5, 1.2), 1.1, min(.5, .8);  A = -1: min(-1.5, -1.2), -1.1, min(-.5, -.8)
+    assert loss.item() == pytest.approx(-(1.2 + 1.1 + 0.5 - 1.5 - 1.1 - 0.8) / 6)
+    assert stats["clip_high"].item() == pytest.approx(1 / 6) and stats["clip_low"].item() == pytest.approx(1 / 6)
+    assert stats["ratio"].item() == pytest.approx(3.1 * 2 / 6)
+    assert stats["approx_kl"].item() == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.1, .5)) / 3)
+
+
+def test_clip_low_and_high_are_two_settings():
+    """Clip-higher: 1 + 0.28 above, 1 - 0.1 below; a clipped token has no gradient, an unclipped one has."""
+    logp = torch.tensor([[1.5, 0.5]]).log().requires_grad_()
+    for advantage, want, moved in ((1.0, -(1.28 + 0.5) / 2, [False, True]), (-1.0, (1.5 + 0.9) / 2, [True, False])):
+        loss, _ = grpo_loss(logp, torch.zeros(1, 2), torch.tensor([advantage]), torch.ones(1, 2), clip_low=0.1,
+                            clip_high=0.28)
+        assert loss.item() == pytest.approx(want)
+        [grad] = torch.autograd.grad(loss, logp)
+        assert (grad != 0)[0].tolist() == moved
+
+
+def test_aggregations_by_hand():
+    """Lengths 1 and 3, advantages 1 and 2: token mean, sequence mean, Dr. GRPO's constant."""
+    logp, adv = torch.zeros(2, 3), torch.tensor([1.0, 2.0])
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    for aggregation, want in (("token", -(1 + 6) / 4), ("sequence", -(1 + 2) / 2), ("constant", -(1 + 6) / (2 * 10))):
+        loss, _ = grpo_loss(logp, logp, adv, mask, aggregation=aggregation, max_tokens=10)
+        assert loss.item() == pytest.approx(want), aggregation
+
+
+def test_k3_by_hand():
+    """KL(pi || ref) of one token: exp(ref - logp) - (ref - logp) - 1, in the loss and never negative."""
+    logp, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    loss, stats = grpo_loss(logp, logp, torch.zeros(1), torch.ones(1, 2), ref_logprobs=ref, kl_coef=0.1)
+    want = ((math.exp(-.5) + .5 - 1) + (math.exp(1) - 1 - 1)) / 2
+    assert stats["ref_kl"].item() == pytest.approx(want) and loss.item() == pytest.approx(0.1 * want)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_all_masked_is_zero_and_finite(aggregation):
+    logp = torch.zeros(2, 3, requires_grad=True)
+    loss, stats = grpo_loss(logp, logp.detach(), torch.ones(2), torch.zeros(2, 3), aggregation=aggregation,
+                            max_tokens=5)
+    loss.backward()
+    assert loss.item() == 0 and (logp.grad == 0).all() and all(v.isfinite() for v in stats.values())
+
+
+def test_learning_rate_by_hand():
+    cfg = Config(lr=1.0, warmup=0.1)
+    lrs = [learning_rate(u, 100, cfg) for u in range(100)]
+    assert lrs[:10] == pytest.approx([i / 10 for i in range(1, 11)]) and lrs[10] == 1.0
+    assert lrs[55] == pytest.approx(0.55) and lrs[99] == pytest.approx(0.1, abs=1e-3)
+    assert learning_rate(99, 100, replace(cfg, schedule="constant")) == 1.0
+    assert learning_rate(0, 1, Config(lr=1.0, warmup=0.0)) == 1.0
+
+
+# --- one update ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rollout(processor, shipped, test_set):
+    """Four groups of four sampled responses; rewards made up so that every group but the last has a signal."""
+    records = test_set[:4]
+    prompts = [processor.encode(r, "observe") for r in records]
+    groups = sample_groups(shipped, processor, records, prompts, samples=4, temperature=1.0, max_tokens=40, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(4, 4, generator=generator)
+    advantages[3] = 0
+    nothing = torch.zeros(4, 4)
+    return groups, Rewards(nothing, nothing, nothing, nothing, torch.ones(4), advantages,
+                           torch.tensor([True, True, True, False]), nothing, [[None] * 4] * 4)
+
+
+def config(**changes) -> Config:
+    return Config(**({"prompts_per_rollout": 4, "group_size": 4, "micro_batch": 3, "lr": 1e-3, "grad_clip": 1e9,
+                      "max_response_tokens": 40} | changes))
+
+
+def gradients(model, processor, rollout, cfg, reference=None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Gradients of one update, caught where the optimizer would use them."""
+    caught = {}
+
+    class Catch(torch.optim.SGD):
+        def step(self):
+            caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    stats = update(model, reference, processor, Catch(model.parameters(), lr=0.0), *rollout, [0.0], cfg)
+    return caught, stats
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_gradients_do_not_depend_on_the_micro_batch(model, processor, rollout, aggregation):
+    """Normalised per micro-batch, the loss changes with the split: TRL, EasyR1 and the official code all had this."""
+    reference = load_policy(str(TOY / "model"))
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(1.01)
+    for kl_coef in (0.0, 0.1):
+        cfg, ref = config(aggregation=aggregation, kl_coef=kl_coef), reference if kl_coef else None
+        want, want_stats = gradients(model, processor, rollout, replace(cfg, micro_batch=16), ref)
+        for micro in (1, 2, 4):
+            got, stats = gradients(model, processor, rollout, replace(cfg, micro_batch=micro), ref)
+            scale = max(g.abs().max() for g in want.values())
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], atol=1e-5 * scale.item(), rtol=1e-4, msg=name)
+            assert stats == pytest.approx(want_stats, rel=1e-4, abs=1e-6)
+
+
+def test_first_update_is_reinforce(model, processor, rollout):
+    """Ratio exactly 1, nothing clipped, and the gradient that of -sum adv log pi / tokens, made the plain way."""
+    got, stats = gradients(model, processor, rollout, config())
+    assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["clip_low"] == stats["clip_high"] == 0
+    assert stats["approx_kl"] == 0
+    groups, rewards = rollout
+    model.zero_grad()
+    tokens = sum(len(r) for g in groups[:3] for r in g.responses)
+    for group, advantages in zip(groups[:3], rewards.advantages):
+        for response, advantage in zip(group.responses, advantages):
+            inputs = processor.collate([group.prompt], [response])
+            logp = model(**inputs).logits[0, -len(response) - 1:-1].index_fill(
+                -1, torch.tensor(processor.vision_ids), float("-inf")).log_softmax(-1)
+            chosen = logp[torch.arange(len(response)), response]
+            (-(advantage * chosen).sum() / tokens).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_groups_without_signal_are_not_counted_unless_asked(model, processor, rollout):
+    """The official code's weight-0 groups still shrink everyone else's step, by their share of the tokens."""
+    groups, _ = rollout
+    tokens = [sum(map(len, g.responses)) for g in groups]
+    dropped, _ = gradients(model, processor, rollout, config())
+    counted, _ = gradients(model, processor, rollout, config(count_no_signal=True))
+    name = "model.language_model.norm.weight"
+    torch.testing.assert_close(counted[name] * sum(tokens), dropped[name] * sum(tokens[:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_no_signal_anywhere_takes_no_step(model, processor, rollout):
+    """Adam's momentum, or weight decay, would move the weights with no gradient at all."""
+    groups, rewards = rollout
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    nothing = replace(rewards, signal=torch.zeros(4, dtype=torch.bool), advantages=torch.zeros(4, 4))
+    assert update(model, None, processor, optimizer, groups, nothing, [1.0], config())["updates"] == 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_truncated_responses_can_be_left_out(model, processor, rollout):
+    """Masked, they count neither in the sum nor in the denominator; unmasked they do."""
+    groups, rewards = rollout
+    cut = [replace(g, truncated=[True, False, False, False]) for g in groups]
+    zeroed = replace(rewards, advantages=rewards.advantages.clone())
+    zeroed.advantages[:, 0] = 0
+    masked, _ = gradients(model, processor, (cut, rewards), config(mask_truncated=True))
+    by_hand, _ = gradients(model, processor, (cut, zeroed), config())
+    tokens = sum(len(r) for g in groups[:3] for r in g.responses)
+    kept = sum(len(r) for g in groups[:3] for r in g.responses[1:])
+    name = "model.language_model.norm.weight"
+    torch.testing.assert_close(masked[name] * kept, by_hand[name] * tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_later_updates_of_a_rollout_use_the_sampling_policys_logprobs(model, processor, rollout):
+    """With "old" recomputed at each update the ratio would be 1 forever and clipping inert."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = update(model, None, processor, optimizer, *rollout, [1e-2, 1e-2], config())
+    assert stats["updates"] == 2 and abs(stats["ratio"] - 1) > 1e-6 and stats["approx_kl"] > 0
+
+
+def test_every_weight_moves_at_the_papers_learning_rate(model, processor, rollout):
+    """In bf16 a step of 1e-6 rounds away: 2% of the weights would move at all."""
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+    update(model, None, processor, optimizer, *rollout, [1e-6], config())
+    grads_seen = {n for n, p in model.named_parameters()}
+    moved = {n: (before[n] != p).float().mean().item() for n, p in model.named_parameters()}
+    assert grads_seen == set(moved)
+    weights = [m for n, m in moved.items() if "embed_tokens" not in n]  # (rows of unused tokens stay)
+    assert sum(weights) / len(weights) > 0.5 and min(weights) > 0
+
+
+def test_frozen_vision_tower_stays(processor, rollout):
+    model = load_policy(str(TOY / "model"), freeze_vision=True)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    update(model, None, processor, optimizer, *rollout, [1e-3], config())
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value) == ("visual" in name), name
+
+
+def test_a_non_finite_loss_leaves_the_weights_alone(model, processor, rollout):
+    groups, rewards = rollout
+    before = copy.deepcopy(model.state_dict())
+    bad = replace(rewards, advantages=rewards.advantages.clone())
+    bad.advantages[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        update(model, None, processor, torch.optim.AdamW(model.parameters()), groups, bad, [1.0], config())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_it_can_learn(model, processor, test_set):
+    """One prompt, its answer redefined to a rare one: the whole chain from sampling to the step must point uphill."""
+    record = next(r for r in test_set if r.source == "toy/count" and 0.4 < r.difficulty < 0.8)
+    prompt = processor.encode(record, "observe")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    cfg = config(group_size=16, micro_batch=32)
+    history = []
+    for step in range(40):
+        groups = sample_groups(model, processor, [record] * 2, [prompt] * 2, samples=16, temperature=1.0,
+                               max_tokens=160, seed=step)
+        lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])
+        rewards = group_rewards([g.texts for g in groups], lengths, [record] * 2, style="observe", bonus_coef=0)
+        history.append(rewards.total.mean().item() / 1.5)
+        if len(history) > 3 and min(history[-3:]) > 0.9:
+            break
+        update(model, None, processor, optimizer, groups, rewards, [1e-4], cfg)
+    assert sum(history[:2]) / 2 < 0.75 and min(history[-2:]) > 0.9, history
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_presets_then_options_prevail():
+    assert parse_config([]).lr == train.PRESETS["toy"]["lr"]
+    assert parse_config(["--lr", "0.5"]).lr == 0.5
+    paper = parse_config(["--preset", "3b", "--data", "ladder"])
+    assert (paper.lr, paper.group_size, paper.prompts_per_rollout, paper.updates_per_rollout) == (1e-6, 8, 128, 16)
+    assert (paper.sigma, paper.bonus, paper.bonus_floor, paper.format_weight, paper.kl_coef) == (1.8, .2, 100, .5, 0)
+    assert (paper.clip_low, paper.clip_high, paper.temperature, paper.warmup) == (.2, .2, 1, .03)
+
+
+@pytest.mark.parametrize("args, told", [
+    (["--group-size", "1"], "--group-size 1"),
+    (["--prompts-per-rollout", "10", "--updates-per-rollout", "4"], "divide"),
+    (["--stage", "9"], "--stage 9"), (["--stage", "3-1"], "--stage 3-1"), (["--stage", "first"], "--stage first"),
+    (["--temperature", "0"], "--temperature"), (["--preset", "3b"], "needs --data"), (["--lr", "-1"], "--lr"),
+    (["--bonus", "-0.1"], "--bonus"), (["--max-pixels", "0"], "--max-pixels")])
+def test_settings_that_cannot_be_meant_are_refused(args, told):
+    with pytest.raises(ValueError, match=told):
+        parse_config(args)
+
+
+@pytest.mark.parametrize("args", [["--learning-rate", "1"], ["--order", "easy"], ["--preset", "70b"], ["--group", "8"]])
+def test_unknown_options_exit(args, capsys):
+    """A misspelt option that is ignored costs a run; `--group` must not silently mean --group-size."""
+    with pytest.raises(SystemExit):
+        parse_config(args)
+    assert "error" in capsys.readouterr().err or "not used" in capsys.readouterr().err
+
+
+def test_stages():
+    assert parse_stages("all") is None and list(parse_stages("0-3")) == [0, 1, 2, 3] and list(parse_stages("8")) == [8]
+
+
+def test_every_setting_has_help_and_a_checked_default():
+    for setting in Config.__dataclass_fields__.values():
+        assert len(setting.metadata["help"]) > 5, setting.name
+    check_config(Config(model="m", data="d"))
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, test_set) -> list[str]:
+    """Options of a run of six rollouts on three stages of a small ladder."""
+    folder = tmp_path_factory.mktemp("small")
+    ladder = load_records(str(TOY / "ladder"))
+    records = [r for stage in (0, 1, 2) for r in [x for x in ladder if x.stage == stage][:8]]
+    save_records(str(folder / "ladder.parquet"), records)
+    save_records(str(folder / "test.parquet"), test_set[:6])
+    return ["--data", str(folder), "--test", str(folder / "test.parquet"), "--prompts-per-rollout", "4", "--group-size",
+            "4", "--updates-per-rollout", "2", "--max-response-tokens", "60", "--eval-samples", "2", "--lr", "1e-4"]
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    clock = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(small, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    main([*small, "--out", str(run)])
+    return run
+
+
+def weights(run: Path) -> dict:
+    from safetensors.torch import load_file
+
+    newest = max(run.glob("checkpoint-0*"))
+    return load_file(newest / "model.safetensors") | load_file(newest / "trainer" / "optimizer.safetensors")
+
+
+def test_a_run_leaves_everything_behind(whole_run):
+    names = {p.name for p in whole_run.iterdir()}
+    assert names >= {"config.json", "environment.json", "generation_config.json", "metrics.jsonl", "responses.jsonl",
+                     "responses.html", "curves.png", "scores.json", "checkpoint-000006", "checkpoint-000004"}
+    assert "checkpoint-000002" not in names, "only the newest --keep 2 stay"
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["lr"] == 1e-4 and set(config) == set(Config.__dataclass_fields__)
+    environment = json.loads((whole_run / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"].split("+")[0])
+    log = lines(whole_run)
+    assert [line["step"] for line in log] == list(range(7))
+    assert [line.get("stage") for line in log[1:]] == [0, 0, 1, 1, 2, 2]
+    assert [line["step"] for line in log if "eval" in line] == [0, 2, 4, 6]
+    page = (whole_run / "responses.html").read_text()
+    assert page.count("<section>") == 12 and "src=\"data:image/png" in page and "http" not in page
+    again = load_policy(str(whole_run / "checkpoint-000006"))  # a plain Hugging Face folder, with its processor
+    assert again.num_parameters() > 1e6 and Processor(str(whole_run / "checkpoint-000006")).image_id
+
+
+def test_logged_numbers_are_those_of_the_responses(whole_run):
+    """A log that shows one micro-batch, or leaves the bonus out of the reward, would differ here."""
+    responses = [json.loads(line) for line in (whole_run / "responses.jsonl").read_text().splitlines()]
+    for line in responses:
+        for r in line["responses"]:
+            assert r["reward"] == pytest.approx(r["accuracy"] + 0.5 * r["format"] + r["bonus"])
+    for line in lines(whole_run)[1:]:
+        assert 0 <= line["signal"] <= 1 and line["all_right"] + line["all_wrong"] + line["signal"] <= 1 + 1e-6
+        assert line["length_max"] >= line["length"] and line["entropy"] >= 0 and line["verifier_timeouts"] == 0
+
+
+def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, tmp_path, monkeypatch):
+    """Stopped by a signal in the middle of a stage: same log, same weights, same moments, to the bit."""
+    run = tmp_path / "stopped"
+    real, calls = train.update, []
+
+    def stop_at_three(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, "update", stop_at_three)
+    main([*small, "--out", str(run)])
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(run)] == [0, 1, 2, 3]
+    with open(run / "metrics.jsonl", "a") as file:  # a step that was logged and then lost with the process
+        file.write(json.dumps({"step": 4, "reward": 99}) + "\n")
+    with pytest.raises(ValueError, match="holds another run; add --resume"):
+        main([*small, "--out", str(run)])
+    with pytest.raises(ValueError, match="lr: 0.0001 -> 0.0002"):
+        main([*small, "--out", str(run), "--resume", "--lr", "2e-4"])
+    main([*small, "--out", str(run), "--resume"])
+    assert lines(run) == lines(whole_run)
+    assert (run / "responses.jsonl").read_text() == (whole_run / "responses.jsonl").read_text()
+    want, got = weights(whole_run), weights(run)
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_a_killed_save_leaves_the_checkpoint_before(whole_run, model, processor, tmp_path, monkeypatch):
+    """Checkpoints are written aside and renamed: half a one never has a whole one's name."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError):
+        train.save_checkpoint(run, model, processor, optimizer, {"step": 7}, keep=2)
+    assert max(run.glob("checkpoint-0*")).name == "checkpoint-000006"
+    monkeypatch.undo()
+    train.save_checkpoint(run, model, processor, optimizer, {"step": 7}, keep=2)
+    assert sorted(p.name for p in run.glob("checkpoint*")) == ["checkpoint-000006", "checkpoint-000007"]
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_its_problems(small, tmp_path, monkeypatch):
+    real = train.group_rewards
+
+    def poison(*args, **options):
+        rewards = real(*args, **options)
+        rewards.signal[:] = True
+        rewards.advantages[:] = float("nan")
+        return rewards
+
+    monkeypatch.setattr(train, "group_rewards", poison)
+    with pytest.raises(SystemExit, match=r"step 1: the loss is nan. Its problems: train-\d+"):
+        main([*small, "--out", str(tmp_path / "nan")])
+
+
+def test_bad_data_stops_before_training_and_says_what_to_do(small, tmp_path, test_set):
+    data = tmp_path / "data.jsonl"
+    options = [*small[2:], "--order", "random"]
+    with pytest.raises(ValueError, match="nowhere.jsonl"):
+        main(["--data", str(tmp_path / "nowhere.jsonl"), *options, "--out", str(tmp_path / "a")])
+    data.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
+    with pytest.raises(ValueError, match="data.jsonl, line 2"):
+        main(["--data", str(data), *options, "--out", str(tmp_path / "b")])
+    data.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="is on no stage"):
+        main(["--data", str(data), *small[2:], "--out", str(tmp_path / "c")])
+    long = Record("long", "word " * 500, "2")
+    save_records(str(tmp_path / "long.parquet"), [long])
+    with pytest.raises(ValueError, match="record long: its prompt is .* --max-prompt-tokens"):
+        main(["--data", str(tmp_path / "long.parquet"), *options, "--out", str(tmp_path / "d")])
+
+
+def test_trains_on_text_without_a_ladder(small, tmp_path, capsys):
+    """Any verifiable data, unmeasured and without pictures; and a first rollout that cannot teach says so."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"Word {i}?", "answer": "99999"}) + "\n" for i in range(4)))
+    main(["--data", str(data), *small[4:], "--test", "", "--order", "random", "--out", str(tmp_path / "run"),
+          "--kl-coef", "0.1"])
+    assert "no group of the first rollout has a signal" in capsys.readouterr().out
+    log = lines(tmp_path / "run")
+    assert [line["stage"] for line in log] == [None] and log[0]["ref_kl"] >= 0 and "observation" not in log[0]
