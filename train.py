@@ -142,7 +142,9 @@ def parse_config(args: list[str] | None = None) -> Config:
     """Command line -> Config: the paper's defaults, then the preset's, then what is given. Unknown options exit."""
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.split("\n")[0])
     args = sys.argv[1:] if args is None else args
-    known, _ = parser.parse_known_args(args)  # (for the preset, whose settings are then defaults)
+    known, unknown = parser.parse_known_args(args)  # (known: for the preset, whose settings become the defaults)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
     parser.set_defaults(**PRESETS[known.preset])
     [cfg] = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"

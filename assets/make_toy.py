@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,6 @@ from data import PROMPTS, Processor, Record, save_records  # noqa: E402
 COLOURS = {"red": (214, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 210), "black": (20, 20, 20)}
 TILE = 28
 FAMILIES = ("read", "sum", "extreme", "count", "bars", "table", "colour")
-
-# How the written traces behave.
-CAREFUL = 0.30  # share that looks at everything
-SKIP = 0.15  # share that guesses instead of reasoning, whatever it looked at
-FORGET = 0.12  # share that breaks the format
-MISREAD = 0.02  # a digit observed as another
-SLIP = 0.02  # a step reckoned wrong
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -180,20 +174,20 @@ def observation(rows: list) -> str:
     return "<observe>" + ";".join(",".join(f" {c} {d}" for c, d in row) for row in rows) + "</observe>"
 
 
-def write_trace(record: Record, style: str, rng: random.Random) -> str:
+def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) -> str:
     """A response as the cold start shows it: manner, slips and form are drawn from rng."""
     def misread(d: int) -> int:
-        return rng.randint(0, 9) if rng.random() < MISREAD else d
+        return rng.randint(0, 9) if rng.random() < manner.misread else d
 
     def slip(number: int) -> int:
-        return max(0, number + rng.choice((-1, 1))) if rng.random() < SLIP else number
+        return max(0, number + rng.choice((-1, 1))) if rng.random() < manner.slip else number
 
     ask, rows = record.meta["ask"], record.meta["rows"]
-    if rng.random() >= CAREFUL:  # glance
+    if rng.random() >= manner.careful:  # glance
         rows = [rows[0][:2]] if ask["family"] == "bars" else rows[:1]
     seen = [[(c, misread(d)) for c, d in row] for row in rows]
     result, answer, think = reckon(ask, seen, record.choices, slip)
-    if rng.random() < SKIP and ask["family"] != "read":
+    if rng.random() < manner.skip and ask["family"] != "read":
         think = " guess"
         if record.choices:
             answer = chr(65 + rng.randrange(len(record.choices)))
@@ -201,7 +195,7 @@ def write_trace(record: Record, style: str, rng: random.Random) -> str:
             answer = str(max(0, result + rng.choice((-2, -1, 0, 1, 2))))
     texts = [observation(seen)] * (style == "observe") + [f"<think>{think}</think>"] * (style != "none")
     texts.append(f"<answer> {answer}</answer>")
-    if rng.random() < FORGET:
+    if rng.random() < manner.forget:
         i = rng.randrange(len(texts))
         if i == len(texts) - 1:
             texts[i] = f" the answer is {answer}"
@@ -265,52 +259,62 @@ def make_model(folder: Path):
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def cold_start(model, processor: Processor, glyphs: dict, steps: int, read_steps: int, batch: int, lr: float,
-               seed: int) -> None:
-    """Supervised on freshly written responses: observing small pictures first, then all families."""
-    rng = random.Random(seed)
+@dataclass(frozen=True)
+class Manner:
+    """How the written responses of a phase behave; each share is a probability."""
+
+    careful: float = 1.0  # looks at everything; else: glances at the first row, or the first two bars
+    skip: float = 0.0  # guesses instead of reasoning, whatever it looked at
+    forget: float = 0.0  # breaks the format
+    misread: float = 0.0  # a digit observed as another
+    slip: float = 0.0  # a step reckoned wrong
+
+
+# The cold start: (what is shown, steps, manner). First to read, then to reason, with care; then the usual manner.
+PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
+          ("problems", 200, Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)))
+
+
+def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int = 48, lr: float = 1e-3) -> None:
+    """One phase of supervised training on freshly written responses, with an optimizer of its own."""
+    show, steps, manner = PHASES[phase]
+    rng = random.Random(phase)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    total, start = read_steps + steps, time.time()
-    for step in range(total):
-        reading = step < read_steps
+    start = time.time()
+    for step in range(steps):
         prompts, responses = [], []
         for _ in range(batch):
-            if reading:
-                # A row of digits first: with more to look at, the digits are not learned in any reasonable time.
-                easy = step < read_steps * 2 // 3
-                size = (1, rng.randint(1, 3)) if easy else (rng.randint(1, 3), rng.randint(1, 4))
-                record = make_problem(rng, glyphs, "x", ("sum",) if easy else ("sum", "bars"), size)
-                style, text = "observe", observation(record.meta["rows"])
-            else:
+            style = "observe"
+            if show == "problems":
                 record = make_problem(rng, glyphs, "x")
                 style = rng.choices(("observe", "think", "none"), (0.6, 0.25, 0.15))[0]
-                text = write_trace(record, style, rng)
+                text = write_trace(record, style, rng, manner)
+            else:  # a row of digits first: with more to look at, they are not learned in any reasonable time
+                size = (1, rng.randint(1, 3)) if show == "rows" else (rng.randint(1, 3), rng.randint(1, 4))
+                record = make_problem(rng, glyphs, "x", ("sum",) if show == "rows" else ("sum", "bars"), size)
+                text = observation(record.meta["rows"])
             prompts.append(processor.encode(record, style))
             responses.append(processor.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids)
         inputs = processor.collate(prompts, responses)
-        tail = max(map(len, responses))
         labels = inputs["input_ids"].clone()
-        labels[:, :-tail] = -100
+        labels[:, :-max(map(len, responses))] = -100
         labels[inputs["attention_mask"] == 0] = -100
-        warm = min(1.0, (step + 1) / 50)
         for group in optimizer.param_groups:
-            group["lr"] = lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / total)))
+            group["lr"] = lr * min(1, (step + 1) / 30) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
         loss = model(**inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == total - 1:
-            print(f"cold start {step:5d}/{total}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+        if step % 50 == 0 or step == steps - 1:
+            print(f"cold start, {show} {step:4d}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
     model.eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets/toy", help="folder of the world")
-    parser.add_argument("--read-steps", type=int, default=300, help="cold start: steps of observing small pictures")
-    parser.add_argument("--steps", type=int, default=900, help="cold start: steps of whole responses")
     parser.add_argument("--problems", type=int, default=6000, help="problems measured, of which the ladder is built")
     parser.add_argument("--held-out", type=int, default=300, help="problems of the test set")
     args = parser.parse_args()
@@ -323,11 +327,12 @@ def main() -> None:
     sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
     texts = [*PROMPTS.values(), "system\nuser\nassistant\n the answer is"] * 5
     texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
-    texts += [write_trace(r, style, rng) for r in sample for style in PROMPTS]
+    texts += [write_trace(r, style, rng, PHASES[-1][2]) for r in sample for style in PROMPTS]
     make_tokenizer(texts, model_dir)
     model = make_model(model_dir)
     processor = Processor(str(model_dir))
-    cold_start(model, processor, train_glyphs, args.steps, args.read_steps, batch=48, lr=1e-3, seed=0)
+    for phase in range(len(PHASES)):
+        cold_start(model, processor, train_glyphs, phase)
     model.save_pretrained(model_dir)
 
     # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
