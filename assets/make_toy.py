@@ -308,7 +308,7 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            print(f"cold start, {show} {step:4d}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+            print(f"cold start, {show} {step}/{steps}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
     model.eval()
 
 

@@ -121,11 +121,11 @@ def test_placeholders_match_the_grid(processor, mixed):
 
 def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
     """Qwen ships temperature 1e-6, top_k 1, repetition_penalty 1.05: all G rollouts would be one."""
-    want = sample(model, processor, mixed[:1], samples=8)
+    want = sample(model, processor, mixed[:1], samples=8, temperature=2.0)
     model.generation_config = hostile = GenerationConfig(
         do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.5, min_new_tokens=12,
         eos_token_id=9, forced_eos_token_id=7, no_repeat_ngram_size=1)
-    got = sample(model, processor, mixed[:1], samples=8)
+    got = sample(model, processor, mixed[:1], samples=8, temperature=2.0)
     assert got[0].responses == want[0].responses
     assert len({tuple(r) for r in got[0].responses}) == 8
     assert model.generation_config is hostile
@@ -163,7 +163,7 @@ class Scripted:
         return self
 
     def generate(self, input_ids, generation_config, **_):
-        return torch.cat([input_ids, torch.tensor(self.rows)], 1)
+        return torch.cat([input_ids.repeat_interleave(len(self.rows), 0), torch.tensor(self.rows)], 1)
 
 
 def test_responses_end_at_the_first_of_several_stop_tokens(processor, mixed):
