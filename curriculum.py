@@ -12,7 +12,9 @@ Departures and inferences (method.md, section 2):
      stages take its less complex problems, as the paper sorts by difficulty, then complexity.
   3. "All records in exactly these shares" has no solution in general. Ours is the largest ladder that over-draws no
      level; beyond that size a scarce level gives what it has and the stage is filled from the rest of its window.
-  4. A stage's last batch is not dropped or padded: the stage is cut into batches that differ by at most one problem.
+  4. The paper drops problems that are always solved and of low complexity, under a threshold it does not give; ours
+     keeps them (they are 1.5% of the ladder) until the builder can be told a threshold.
+  5. A stage's last batch is not dropped or padded: the stage is cut into batches that differ by at most one problem.
 """
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ from typing import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from data import PROMPTS, Processor, Record, load_records, save_records
-from rewards import accuracy_reward, check_golds
-from rollout import load_policy, sample_groups
+from data import PROMPTS, Processor, Record, check_prompts, load_records, save_records
+from eval import evaluate
+from rewards import check_golds
+from rollout import best_device, load_policy
 
 LEVELS = 9  # difficulty 0, 1/8, .. 1, for N = 8 rollouts
 
@@ -55,16 +58,10 @@ STAGE_SHARES /= STAGE_SHARES.sum()
 def measure(model, processor: Processor, records: list[Record], *, style: str, max_tokens: int, samples: int = 8,
             temperature: float = 1.0, seed: int = 0, max_rows: int = 256) -> Iterator[Record]:
     """Yield each record with its difficulty (1 - correct / samples) and complexity (mean response length, tokens)."""
-    per_chunk = max(1, max_rows // samples)
-    for start in range(0, len(records), per_chunk):
-        chunk = records[start:start + per_chunk]
-        prompts = [processor.encode(r, style) for r in chunk]
-        groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
-                               max_tokens=max_tokens, seed=seed + start, max_rows=max_rows)
-        for record, group in zip(chunk, groups):
-            correct = sum(accuracy_reward(text, record) for text in group.texts)
-            yield replace(record, difficulty=1 - correct / samples,
-                          complexity=sum(map(len, group.responses)) / samples)
+    for result in evaluate(model, processor, records, style=style, temperature=temperature, samples=samples,
+                           max_tokens=max_tokens, max_rows=max_rows, seed=seed):
+        yield replace(result.record, difficulty=1 - sum(s.correct for s in result.samples) / samples,
+                      complexity=sum(s.tokens for s in result.samples) / samples)
 
 
 def level_of(record: Record) -> int:
@@ -193,7 +190,7 @@ class Curriculum:
 
     def digest(self) -> str:
         """Changes with any change of the problems, their order or the batches."""
-        text = "\n".join(f"{b.stage} {r.id} {r.question} {r.answer}" for b in self.batches for r in [*b.records])
+        text = "\n".join(f"{b.stage} {r.id} {r.question} {r.answer}" for b in self.batches for r in b.records)
         return hashlib.sha256(f"{len(self)}\n{text}".encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict:
@@ -217,23 +214,21 @@ def main() -> None:
     parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
+    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
     parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
     args = parser.parse_args()
     records = [record for path in args.data for record in load_records(path)]
     if twice := [record_id for record_id, n in Counter(r.id for r in records).items() if n > 1]:
         raise ValueError(f"the id {twice[0]!r} stands in more than one file of --data; ids must be unique")
-    check_golds(records)
+    records = check_golds(records)
     if any(r.difficulty is None for r in records):
-        import torch
-
         processor = Processor(args.model, args.max_pixels)
-        model = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+        records = check_prompts(processor, records, args.prompt)
+        model = load_policy(args.model, best_device())
         measured = measure(model, processor, records, style=args.prompt, temperature=args.temperature,
-                           max_tokens=args.max_tokens, seed=args.seed)
+                           max_tokens=args.max_tokens, max_rows=args.rows, seed=args.seed)
         records = list(tqdm(measured, total=len(records), desc="measuring", unit="problem"))
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_records(str(args.out / "measured.parquet"), records)  # what was computed stays on disk
-    args.out.mkdir(parents=True, exist_ok=True)
+        save_records(str(args.out / "measured.parquet"), records)  # a ladder of other shares can be built from it
     ladder = build_ladder(records, args.size, args.seed)
     save_records(str(args.out / "ladder.parquet"), ladder)
     table = np.zeros((LEVELS, LEVELS), int)

@@ -89,6 +89,12 @@ class Record:
             object.__setattr__(self, name, value)  # the record is frozen
 
     @property
+    def text(self) -> str:
+        """The question, and its options with their letters, as the model reads them."""
+        options = [f"({letter}) {text}" for letter, text in zip(ascii_uppercase, self.choices)]
+        return "\n".join([self.question, *options])
+
+    @property
     def golds(self) -> tuple[str, ...]:
         """All accepted answers."""
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
@@ -265,7 +271,7 @@ def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = Fal
             raise ValueError(f"{name}: cannot be read: {error}; was it copied whole? is its suffix right?") from error
     if not good and not bad:
         raise ValueError(f"{path_or_id}: holds no records")
-    return _settle(path_or_id, list(good.values()), bad, skip_bad)
+    return settle(path_or_id, list(good.values()), bad, skip_bad)
 
 
 def check_prompts(processor: Processor, records: list[Record], style: str, max_tokens: int | None = None,
@@ -284,7 +290,7 @@ def check_prompts(processor: Processor, records: list[Record], style: str, max_t
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
         faults = list(pool.map(fault, records))
     good = [record for record, found in zip(records, faults, strict=True) if not found]
-    return _settle("prompts", good, [found for found in faults if found], skip_bad)
+    return settle("prompts", good, [found for found in faults if found], skip_bad)
 
 
 def save_records(path: str, records: list[Record]) -> None:
@@ -313,7 +319,7 @@ def save_records(path: str, records: list[Record]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _settle(name: str, good: list[Record], bad: list[str], skip_bad: bool) -> list[Record]:
+def settle(name: str, good: list[Record], bad: list[str], skip_bad: bool) -> list[Record]:
     """The good records, unless there are bad ones that may not be skipped: one ValueError for these."""
     count = f"{name}: {len(bad)} of {len(good) + len(bad)} records cannot be used"
     if bad and not (skip_bad and good):
@@ -573,17 +579,24 @@ class Processor:
 
     def __init__(self, path: str, max_pixels: int | None = None):
         """path: a Hugging Face folder or hub id; max_pixels: area above which pictures are shrunk (None: its own)."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        # (from its own module: transformers 5.17 puts a stand-in for it at the top where torchvision is missing)
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+            self.image_id: int = self.tokenizer.get_vocab()["<|image_pad|>"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a Qwen vision-language model, or incomplete, and nothing of that name can "
+                             f"be fetched ({error!r}); --model wants such a model's folder or hub id") from error
         if max_pixels is not None:
             smallest = self.image_processor.size["shortest_edge"]  # (areas, in spite of the names)
             if max_pixels < smallest:
                 raise ValueError(f"max_pixels {max_pixels} is below the image processor's minimum {smallest}")
             self.image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
         vocab = self.tokenizer.get_vocab()
-        self.image_id: int = vocab["<|image_pad|>"]
         self.vision_ids: list[int] = [vocab[t] for t in self.VISION_TOKENS if t in vocab]
         stops = ("<|im_end|>", "<|endoftext|>", self.tokenizer.eos_token)  # chat models end with any of them
         self.stop_ids: list[int] = sorted({vocab[t] for t in stops if t in vocab})
@@ -595,12 +608,9 @@ class Processor:
         Raises ValueError naming the record: pictures and `<image>` marks that differ in number, vision tokens written
         in the question, a prompt over max_tokens.
         """
-        question = record.question
-        if record.choices:
-            question += "\n" + "\n".join(f"({chr(65 + i)}) {text}" for i, text in enumerate(record.choices))
-        if any(token in question for token in self.VISION_TOKENS):
-            raise ValueError(f"record {record.id}: its text holds one of the model's vision tokens; remove it")
-        parts = question.split("<image>")
+        if found := [t for t in {*self.VISION_TOKENS, *self.tokenizer.all_special_tokens} if t in record.text]:
+            raise ValueError(f"record {record.id}: its text holds the model's own token {found[0]}; remove it")
+        parts = record.text.split("<image>")
         if len(parts) == 1:
             parts = [""] * len(record.images) + parts
         if len(parts) - 1 != len(record.images):

@@ -18,12 +18,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Iterator
 
-import torch
+from tqdm import tqdm
 
 from data import PROMPTS, Processor, Record, check_prompts, load_records, open_image
-from rewards import Verifier, answer_matches, check_golds, extract_answer, format_reward, observation_accuracy
-from rollout import load_policy, sample_groups
+from rewards import check_golds, score
+from rollout import best_device, load_policy, sample_groups
 
 BENCHMARKS = {"toy": str(Path(__file__).resolve().parent / "assets/toy/test.parquet")}
 
@@ -50,21 +51,22 @@ class Result:
 
 
 def evaluate(model, processor: Processor, records: list[Record], *, style: str, temperature: float, samples: int,
-             max_tokens: int, max_rows: int = 256, seed: int = 0, verifier: Verifier | None = None) -> list[Result]:
-    """Answer each problem `samples` times (temperature 0: greedy) and score with the judge of training."""
-    prompts = [processor.encode(r, style) for r in records]
-    groups = sample_groups(model, processor, records, prompts, samples=samples, temperature=temperature,
-                           max_tokens=max_tokens, seed=seed, max_rows=max_rows)
-    results = []
-    for record, group in zip(records, groups):
-        scored = []
-        for text, response, cut in zip(group.texts, group.responses, group.truncated):
-            answer = extract_answer(text)
-            correct = answer is not None and answer_matches(answer, record, verifier)
-            scored.append(Sample(text, answer, correct, format_reward(text, style),
-                                 observation_accuracy(text, record, style), len(response), cut))
-        results.append(Result(record, scored))
-    return results
+             max_tokens: int, max_rows: int = 256, seed: int = 0) -> Iterator[Result]:
+    """Answer each problem `samples` times (temperature 0: greedy), scored by the judge of training, as results come.
+
+    At most max_rows responses, and the pictures of as many problems as these answer, are in memory at a time.
+    """
+    per_chunk = max(1, max_rows // samples)
+    for start in range(0, len(records), per_chunk):
+        chunk = records[start:start + per_chunk]
+        prompts = [processor.encode(r, style) for r in chunk]
+        groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
+                               max_tokens=max_tokens, seed=seed + start, max_rows=max_rows)
+        for record, group in zip(chunk, groups):
+            scores = [score(text, record, style) for text in group.texts]
+            yield Result(record, [
+                Sample(text, s.answer, bool(s.accuracy), s.format, s.observation, len(response), cut)
+                for text, s, response, cut in zip(group.texts, scores, group.responses, group.truncated)])
 
 
 def mean(values) -> float | None:
@@ -186,7 +188,6 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
     for line in lines:
         record = records[line["id"]]
         gold = record.answer if isinstance(record.answer, str) else " or ".join(record.answer)
-        question = "\n".join([record.question, *(f"({chr(65 + i)}) {c}" for i, c in enumerate(record.choices))])
         responses = "".join(
             f'<pre class="{"right" if r["accuracy"] else "wrong"}">{html.escape(r["text"])}'
             f'<small>reward {r["reward"]:.2f} = accuracy {r["accuracy"]:.0f}, format {r["format"]:.0f}, '
@@ -197,7 +198,7 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
             f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
             f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small>'
             '</div>'
-            f'<div><p><b>{html.escape(question).replace(chr(10), "<br>")}</b><br>gold: {html.escape(gold)}</p>'
+            f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b><br>gold: {html.escape(gold)}</p>'
             f'{responses}</div></section>')
     path.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
 
@@ -211,17 +212,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="k; scores are means over k responses, avg@k")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
+    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
     parser.add_argument("--limit", type=int, help="first so many problems only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for scores.json and responses.jsonl")
     args = parser.parse_args()
     processor = Processor(args.model, args.max_pixels)
     records = load_records(BENCHMARKS.get(args.benchmark, args.benchmark), args.limit)
-    records = check_prompts(processor, records, args.prompt)
-    check_golds(records)
-    model = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-    results = evaluate(model, processor, records, style=args.prompt, temperature=args.temperature, samples=args.samples,
-                       max_tokens=args.max_tokens, seed=args.seed, verifier=Verifier())
+    records = check_golds(check_prompts(processor, records, args.prompt))
+    model = load_policy(args.model, best_device())
+    results = list(tqdm(evaluate(
+        model, processor, records, style=args.prompt, temperature=args.temperature, samples=args.samples,
+        max_tokens=args.max_tokens, max_rows=args.rows, seed=args.seed), total=len(records), unit="problem"))
     scores = summarize(results)
     for level, row in {"all": scores, **scores["levels"]}.items():
         cells = [f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)]

@@ -33,11 +33,21 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Iterable
 
 import torch
 
-from data import MAX_ANSWER, SYMBOLS, Record, normal_text, option_index, parse_items, plain, split_number, unwrap
+from data import (
+    MAX_ANSWER,
+    SYMBOLS,
+    Record,
+    normal_text,
+    option_index,
+    parse_items,
+    plain,
+    settle,
+    split_number,
+    unwrap,
+)
 
 # --- format ----------------------------------------------------------------------------------------------------------
 
@@ -114,7 +124,7 @@ def _after(opening: re.Pattern, text: str) -> str:
 # --- judging an answer -----------------------------------------------------------------------------------------------
 
 
-def answer_matches(answer: str, record: Record, verifier: Verifier | None = None) -> bool:
+def answer_matches(answer: str, record: Record) -> bool:
     """Is what extract_answer found right? The one judge, by the rule of the record's answer type.
 
     Every rule reads an answer whole or not at all, so hedges are wrong: "A or B", all options listed, "not A".
@@ -123,24 +133,45 @@ def answer_matches(answer: str, record: Record, verifier: Verifier | None = None
         return False
     rule = RULES[record.answer_type]
     forms = {answer, _after(PHRASE, plain(answer))}  # "The answer is B" is B
-    return any(rule(form, gold, record, verifier or VERIFIER) for form in forms for gold in record.golds)
+    return any(rule(form, gold, record) for form in forms for gold in record.golds)
 
 
-def accuracy_reward(text: str, record: Record, verifier: Verifier | None = None) -> float:
+def accuracy_reward(text: str, record: Record) -> float:
     """1.0 when the response's answer is right, else 0.0."""
     answer = extract_answer(text)
-    return float(answer is not None and answer_matches(answer, record, verifier))
+    return float(answer is not None and answer_matches(answer, record))
 
 
-def check_golds(records: Iterable[Record], verifier: Verifier | None = None) -> None:
-    """Parse each math gold once, when a run or a build starts; one ValueError names all that cannot be read."""
-    verifier = verifier or VERIFIER
-    bad = [f"record {record.id}: {gold!r}" for record in records if record.answer_type == "math"
-           for gold in record.golds if not verifier(_latex(gold, dirty=True), None)]
-    if bad:
-        more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"math-verify cannot read {len(bad)} answers:\n  " + "\n  ".join(bad[:10]) + more +
-                         "\nmend them, give them answer_type text, or leave the records out")
+@dataclass(frozen=True)
+class Score:
+    """What one response is worth by itself."""
+
+    answer: str | None  # as extracted; None: unreadable, and so wrong
+    accuracy: float  # 1 or 0
+    format: float  # 1 or 0
+    observation: float | None  # see observation_accuracy
+
+
+def score(text: str, record: Record, style: str) -> Score:
+    """Score one response to a record in a prompt style, for training and evaluation alike."""
+    return Score(extract_answer(text), accuracy_reward(text, record), format_reward(text, style),
+                 observation_accuracy(text, record, style))
+
+
+def check_golds(records: list[Record], skip_bad: bool = False) -> list[Record]:
+    """Parse each math gold once, when a run or a build starts -> the records whose golds can be read.
+
+    Raises one ValueError for all the others; skip_bad drops and prints them instead.
+    """
+    good, bad = [], []
+    for record in records:
+        unread = [gold for gold in record.golds if record.answer_type == "math"
+                  and not VERIFIER(_latex(gold, dirty=True), None)]
+        if unread:
+            bad.append(f"record {record.id}: math-verify cannot read its answer {unread[0]!r}; is it a text?")
+        else:
+            good.append(record)
+    return settle("golds", good, bad, skip_bad)
 
 
 def _same_number(answer: tuple[float, str] | None, gold: tuple[float, str] | None, precision: int | None) -> bool:
@@ -157,27 +188,27 @@ def _same_number(answer: tuple[float, str] | None, gold: tuple[float, str] | Non
     return any(abs(a - g) <= 2e-6 * min(1, abs(g)) for a, g in pairs)  # .333333 is 1/3, .33 is not
 
 
-def _number(answer: str, gold: str, record: Record, _) -> bool:
+def _number(answer: str, gold: str, record: Record) -> bool:
     answer = _after(ASSIGNED, plain(answer))
     return _same_number(split_number(answer, False), split_number(gold, False), record.precision)
 
 
-def _text(answer: str, gold: str, record: Record, _) -> bool:
+def _text(answer: str, gold: str, record: Record) -> bool:
     return (normal_text(answer) == normal_text(gold)
             or _same_number(split_number(answer), split_number(gold), record.precision))
 
 
-def _list(answer: str, gold: str, record: Record, _) -> bool:
+def _list(answer: str, gold: str, record: Record) -> bool:
     """Item by item, in order; brackets may be left out but not swapped. So are ratios, for 12:30 is not 6:15."""
     gold_mark, gold_items = parse_items(gold)
     answer = _after(ASSIGNED, plain(answer))
     mark, items = parse_items(answer.replace("/", ":") if gold_mark == ":" else answer) or ("", ())
     if len(items) != len(gold_items) or mark != gold_mark and (":" in mark + gold_mark or mark and gold_mark):
         return False
-    return all(_text(item, gold_item, record, _) for item, gold_item in zip(items, gold_items))
+    return all(_text(item, gold_item, record) for item, gold_item in zip(items, gold_items))
 
 
-def _choice(answer: str, gold: str, record: Record, _) -> bool:
+def _choice(answer: str, gold: str, record: Record) -> bool:
     return _named_option(answer, record.choices) == option_index(gold, record.choices)
 
 
@@ -220,7 +251,7 @@ def _latex(text: str, dirty: bool = False) -> str:
     return " ".join(text.split()).removeprefix("=").strip()
 
 
-def _math(answer: str, gold: str, record: Record, verifier: Verifier) -> bool:
+def _math(answer: str, gold: str, record: Record) -> bool:
     answer, gold = _latex(answer), _latex(gold, dirty=True)
     if answer == gold:
         return True
@@ -230,7 +261,7 @@ def _math(answer: str, gold: str, record: Record, verifier: Verifier) -> bool:
         return False
     if not answer or ENDLESS.search(answer) or re.search(r"\$|\\boxed|\\[(\[]", answer):  # several formulas: a hedge
         return False
-    return verifier(gold, answer)
+    return VERIFIER(gold, answer)
 
 
 RULES = {"choice": _choice, "number": _number, "list": _list, "text": _text, "math": _math}
@@ -396,17 +427,14 @@ class Rewards:
 
 def group_rewards(texts: list[list[str]], lengths: torch.Tensor, records: list[Record], *, style: str,
                   format_weight: float = 0.5, bonus_coef: float = 0.2, bonus_min_length: int = 100,
-                  sigma: float | None = 1.8, normalize_std: bool = True,
-                  verifier: Verifier | None = None) -> Rewards:
+                  sigma: float | None = 1.8, normalize_std: bool = True) -> Rewards:
     """Score G responses to each of P records; lengths [P, G] in tokens. sigma None: every group weighs 1."""
     assert lengths.shape == (len(texts), len(texts[0])), f"lengths {tuple(lengths.shape)} are not those of the texts"
-    answers = [[extract_answer(text) for text in group] for group in texts]
-    accuracy = torch.tensor([[float(answer is not None and answer_matches(answer, record, verifier))
-                              for answer in group] for group, record in zip(answers, records, strict=True)])
-    format = torch.tensor([[format_reward(text, style) for text in group] for group in texts])
-    observed = [[observation_accuracy(text, record, style) for text in group]
-                for group, record in zip(texts, records, strict=True)]
-    observation = torch.tensor([[math.nan if x is None else x for x in group] for group in observed])
+    scores = [[score(text, record, style) for text in group] for group, record in zip(texts, records, strict=True)]
+    accuracy = torch.tensor([[s.accuracy for s in group] for group in scores])
+    format = torch.tensor([[s.format for s in group] for group in scores])
+    observation = torch.tensor([[math.nan if s.observation is None else s.observation for s in g] for g in scores])
+    answers = [[s.answer for s in group] for group in scores]
 
     bonus = shortest_correct_bonus(accuracy > 0, lengths, bonus_coef, bonus_min_length)
     total = accuracy + format_weight * format + bonus  # r_i = accuracy_i + 0.5 format_i + bonus_i

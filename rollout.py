@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from data import PROMPTS, Processor, Prompt, Record
 
@@ -41,14 +42,17 @@ class Group:
     truncated: list[bool]  # whether max_tokens cut it off: no stop token came
 
 
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU. (Not Apple's: nothing here was ever tried on it.)"""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_policy(path: str, device: torch.device | str = "cpu", *, freeze_vision: bool = False,
                 gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Load a policy with fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
     freeze_vision: the vision tower gets no gradient. Raises ValueError when path is no Qwen vision-language model.
     """
-    if not path.strip():
-        raise ValueError("no model given: pass --model FOLDER_OR_HUB_ID")
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
     try:
@@ -57,7 +61,7 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, freeze_vision:
         raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
-    flash = torch.device(device).type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
     model = AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32, attn_implementation="flash_attention_2" if flash else "sdpa").to(device)
     if freeze_vision:
@@ -166,7 +170,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     processor = Processor(args.model)
-    model = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_policy(args.model, best_device())
     # (a record needs a gold answer; none is known here and none is used)
     record = Record("command line", args.question, "unknown", images=tuple(args.image))
     prompts = [processor.encode(record, args.prompt)]
@@ -176,4 +180,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -28,7 +28,9 @@ Shapes: P prompts, G responses of a group, N rows (responses), T response tokens
 """
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -53,8 +55,8 @@ from transformers import logging as hf_logging
 from curriculum import Curriculum
 from data import Processor, Record, check_prompts, load_records
 from eval import before_after, evaluate, plot_curves, summarize, write_page
-from rewards import Rewards, Verifier, check_golds, group_rewards
-from rollout import Group, generation_config, load_policy, response_logprobs, sample_groups
+from rewards import VERIFIER, Rewards, check_golds, group_rewards
+from rollout import Group, best_device, generation_config, load_policy, response_logprobs, sample_groups
 
 HERE = Path(__file__).resolve().parent
 
@@ -133,19 +135,21 @@ PRESETS: dict[str, dict] = {
         "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
         "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
         "lr": 1e-4, "gradient_checkpointing": False, "micro_batch": 64},
-    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct"},
-    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct"},
+    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 32, "save_every": 10},
+    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 16, "save_every": 10},
 }
 
 
 def parse_config(args: list[str] | None = None) -> Config:
     """Command line -> Config: the paper's defaults, then the preset's, then what is given. Unknown options exit."""
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.split("\n")[0])
     args = sys.argv[1:] if args is None else args
-    known, unknown = parser.parse_known_args(args)  # (known: for the preset, whose settings become the defaults)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the preset, whose settings become defaults
+    first.add_argument("--preset", choices=PRESETS, default="toy")
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.set_defaults(**PRESETS[first.parse_known_args(args)[0].preset])
+    _, unknown = parser.parse_known_args(args)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
-    parser.set_defaults(**PRESETS[known.preset])
     [cfg] = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"
     check_config(cfg)
@@ -164,11 +168,16 @@ def check_config(cfg: Config) -> None:
                          "--order random")
     for name in ("temperature", "lr", "micro_batch", "prompts_per_rollout", "updates_per_rollout", "rollout_rows",
                  "max_response_tokens", "max_prompt_tokens", "max_pixels", "grad_clip", "keep", "eval_samples"):
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("format_weight", "bonus", "sigma", "kl_coef", "clip_low", "clip_high", "warmup", "save_every"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
+        if not 0 < getattr(cfg, name) < math.inf:  # (nan is neither)
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0 and finite")
+    for name in ("format_weight", "bonus", "sigma", "kl_coef", "clip_high", "save_every", "eval_limit"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be finite and not negative")
+    for name in ("clip_low", "warmup"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie between 0 and 1")
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
+        raise ValueError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
     parse_stages(cfg.stage)
 
 
@@ -197,8 +206,9 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     """The clipped GRPO loss of N responses (method.md, 1).
 
     logprobs, old_logprobs, mask (and ref_logprobs) [N, T], advantages [N] already weighted. num_tokens and
-    num_sequences count the whole update, of which these rows may be a micro-batch: losses, and statistics, of
-    micro-batches then add up to the update's. aggregation `constant` divides by num_sequences * max_tokens.
+    num_sequences count the whole update, of which these rows may be a micro-batch: losses of micro-batches then add up
+    to the update's. Statistics are sums over tokens, and add up too. aggregation `constant` divides by
+    num_sequences * max_tokens.
     """
     mask = mask.to(logprobs.dtype)
     num_tokens = max(1, mask.sum().item() if num_tokens is None else num_tokens)
@@ -215,18 +225,17 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     adv = advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(torch.min(ratio * adv, clipped * adv) * share).sum()
-    per_token = mask.detach() / num_tokens
     stats = {
-        "ratio": (ratio.detach() * per_token).sum(),
-        "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * per_token).sum(),
-        "clip_high": ((ratio > 1 + clip_high) * (adv > 0) * per_token).sum(),
-        "approx_kl": ((ratio.detach() - 1 - log_ratio.detach()) * per_token).sum(),  # k3 of old to new
+        "ratio": (ratio.detach() * mask).sum(),
+        "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * mask).sum(),
+        "clip_high": ((ratio > 1 + clip_high) * (adv > 0) * mask).sum(),
+        "approx_kl": ((ratio.detach() - 1 - log_ratio.detach()) * mask).sum(),  # k3 of old to new
     }
     if ref_logprobs is not None:
         log_ref = (ref_logprobs - logprobs) * mask
         k3 = log_ref.exp() - 1 - log_ref  # KL(pi || pi_ref), unbiased and never negative
         loss = loss + kl_coef * (k3 * share).sum()
-        stats["ref_kl"] = (k3.detach() * per_token).sum()
+        stats["ref_kl"] = (k3.detach() * mask).sum()
     return loss, stats
 
 
@@ -240,7 +249,6 @@ class Row:
     group: Group
     response: list[int]
     advantage: float
-    masked: bool  # counted out of the loss: truncated, under --mask-truncated
     old: torch.Tensor | None = None  # [T] log-probs at sampling time; None: the policy's own
 
 
@@ -255,14 +263,13 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
     for part in np.array_split(np.arange(len(groups)), len(lrs)):
         rows, tokens, sequences = [], 0, 0
         for p in part:
-            group, signal = groups[p], bool(rewards.signal[p])
-            masked = [cut and cfg.mask_truncated for cut in group.truncated]
-            if signal or cfg.kl_coef > 0:
-                rows += [Row(group, response, rewards.advantages[p, g].item(), masked[g])
-                         for g, response in enumerate(group.responses)]
-            if signal or cfg.kl_coef > 0 or cfg.count_no_signal:
-                tokens += sum(len(r) for r, out in zip(group.responses, masked) if not out)
-                sequences += masked.count(False)
+            group, forwarded = groups[p], bool(rewards.signal[p]) or cfg.kl_coef > 0
+            kept = [g for g, cut in enumerate(group.truncated) if not (cut and cfg.mask_truncated)]
+            if forwarded:
+                rows += [Row(group, group.responses[g], rewards.advantages[p, g].item()) for g in kept]
+            if forwarded or cfg.count_no_signal:
+                tokens += sum(len(group.responses[g]) for g in kept)
+                sequences += len(kept)
         rows.sort(key=lambda r: len(r.group.prompt.ids) + len(r.response))  # like lengths together: little padding
         parts.append(rows)
         counts.append((tokens, sequences))
@@ -281,15 +288,14 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
                     row.old = old[:len(row.response)].cpu()
 
     model.train()
-    total: dict[str, float] = {"loss": 0.0, "entropy": 0.0, "grad_norm": 0.0}
-    steps = 0
+    total: dict[str, float] = {"updates": 0}
     for rows, (num_tokens, num_sequences), lr in zip(parts, counts, lrs):
         if not rows:
             continue  # no signal, no step: Adam's momentum alone would move the weights
-        steps += 1
+        scored = sum(len(row.response) for row in rows)
+        sums: dict[str, float] = {}
         for micro in micro_batches(rows):
             logprobs, entropy, mask = score(model, micro)  # [N, T]
-            mask = mask & ~torch.tensor([r.masked for r in micro], device=mask.device)[:, None]
             old = logprobs.detach() if micro[0].old is None else torch.nn.utils.rnn.pad_sequence(
                 [r.old for r in micro], batch_first=True).to(logprobs.device)
             ref = None
@@ -303,9 +309,9 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()}")
             loss.backward()
-            stats |= {"loss": loss.detach(), "entropy": (entropy * mask).sum() / max(1, num_tokens)}
+            stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach() * scored}
             for name, value in stats.items():
-                total[name] = total.get(name, 0.0) + value.item()
+                sums[name] = sums.get(name, 0.0) + value.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
@@ -313,8 +319,10 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        total["grad_norm"] += norm.item()
-    return {name: value / max(1, steps) for name, value in total.items()} | {"updates": steps}
+        total["updates"] += 1
+        means = {name: value / scored for name, value in sums.items()} | {"grad_norm": norm.item(), "lr": lr}
+        total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
+    return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
 
 
 def learning_rate(update: int, total: int, cfg: Config) -> float:
@@ -361,10 +369,18 @@ def load_optimizer(path: Path, model, optimizer) -> None:
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read_jsonl(path: Path, last_step: int | None = None) -> list[dict]:
-    """Lines of a log up to last_step; a missing file is an empty log."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if last_step is None or line["step"] <= last_step]
+def read_log(path: Path, last_step: int) -> list[dict]:
+    """Lines of a log up to last_step; what a killed process left of a line comes after it and goes with the rest."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] > last_step:
+            break
+        lines.append(line)
+    return lines
 
 
 def environment() -> dict:
@@ -392,10 +408,10 @@ def environment() -> dict:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def open_run(cfg: Config) -> tuple[Path, Path | None]:
-    """The run's folder, made or found again -> (folder, checkpoint to resume from).
+def find_run(cfg: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
-    Raises ValueError when it holds another run, or when --resume finds other settings than the run began with.
+    Raises ValueError when the folder holds another run, or when --resume finds other settings than the run began with.
     """
     run = Path(cfg.out)
     settings = asdict(cfg) | {"resume": False}
@@ -404,10 +420,7 @@ def open_run(cfg: Config) -> tuple[Path, Path | None]:
             raise ValueError(f"--resume: {run} holds no run; check --out")
         if run.exists() and any(run.iterdir()):
             raise ValueError(f"{run} is not empty; choose another --out")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(settings, indent=1))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=1))
-        return run, None
+        return None
     if not cfg.resume:
         raise ValueError(f"{run} holds another run; add --resume to go on with it, or choose another --out")
     before = json.loads((run / "config.json").read_text())
@@ -415,18 +428,16 @@ def open_run(cfg: Config) -> tuple[Path, Path | None]:
     if changed:
         raise ValueError(f"--resume: settings differ from those {run} began with ({'; '.join(changed)}); "
                          "give the same, or start a new run with another --out")
-    return run, max(run.glob("checkpoint-0*"), default=None)
+    return max(run.glob("checkpoint-0*"), default=None)
 
 
 def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
     """Training and held-out problems, every one checked before hours are spent: gold, pictures, prompt length."""
-    train = load_records(cfg.data, skip_bad=cfg.skip_bad)
-    test = load_records(cfg.test, skip_bad=cfg.skip_bad) if cfg.test else []
-    checked = []
-    for records in (train, test):
-        checked.append(check_prompts(processor, records, cfg.prompt, cfg.max_prompt_tokens, skip_bad=cfg.skip_bad))
-        check_golds(checked[-1])
-    return checked[0], checked[1]
+    def load(path: str) -> list[Record]:
+        records = check_golds(load_records(path, skip_bad=cfg.skip_bad), cfg.skip_bad)
+        return check_prompts(processor, records, cfg.prompt, cfg.max_prompt_tokens, cfg.skip_bad)
+
+    return load(cfg.data), load(cfg.test) if cfg.test else []
 
 
 def step_metrics(groups: list[Group], rewards: Rewards) -> dict[str, float]:
@@ -461,10 +472,9 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
                    f"{cfg.prompt}; groups all wrong or all right carry no format signal. Try an instruction-tuned "
                    "model, a short supervised start on formatted answers, or --prompt think.")
     if metrics["signal"] == 0:
-        tqdm.write("warning: no group of the first rollout has a signal: all are "
-                   f"{'right' if metrics['accuracy'] > 0.5 else 'wrong'}. Try "
-                   f"{'harder' if metrics['accuracy'] > 0.5 else 'easier'} stages (--stage), a larger --group-size, or "
-                   "another model; read responses.jsonl first.")
+        tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
+                   f"{metrics['all_wrong']:.0%} all wrong. Try easier or harder stages (--stage), a larger "
+                   "--group-size, or another model; read responses.jsonl first.")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -472,21 +482,24 @@ def main(args: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this version trains in one process; start it with torchrun --nproc-per-node 1")
     hf_logging.set_verbosity_error()
-    run, resume_from = open_run(cfg)
-    accelerator = Accelerator(log_with=None if cfg.tracker == "none" else cfg.tracker, project_dir=run)
-    accelerator.init_trackers(run.name, config=asdict(cfg))
-    device = accelerator.device
-
-    source = str(resume_from or cfg.model)
+    hf_logging.disable_progress_bar()
+    run, resume_from = Path(cfg.out), find_run(cfg)
+    source, device = str(resume_from or cfg.model), best_device()
     processor = Processor(source, cfg.max_pixels)
+    train, test = load_problems(cfg, processor)
+    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
     model = load_policy(source, device, freeze_vision=cfg.freeze_vision,
                         gradient_checkpointing=cfg.gradient_checkpointing)
     reference = load_policy(cfg.model, device).requires_grad_(False).eval() if cfg.kl_coef > 0 else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
-    train, test = load_problems(cfg, processor)
-    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
-    verifier = Verifier()
+
+    run.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves no folder in the way of the mended command
+    (run / "config.json").write_text(json.dumps(asdict(cfg) | {"resume": False}, indent=1))
+    (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+    accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
+                              log_with=None if cfg.tracker == "none" else cfg.tracker)
+    accelerator.init_trackers(run.name, config=asdict(cfg))
     effective = generation_config(processor, samples=cfg.group_size, temperature=cfg.temperature,
                                   max_tokens=cfg.max_response_tokens)
     (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
@@ -501,7 +514,8 @@ def main(args: list[str] | None = None) -> None:
         load_optimizer(resume_from, model, optimizer)
         curriculum.load_state_dict(state["curriculum"])
         print(f"resumed from {resume_from}")
-    logs = {name: read_jsonl(run / name, state["step"]) for name in ("metrics.jsonl", "responses.jsonl")}
+    last = state["step"] if resume_from else -1
+    logs = {name: read_log(run / name, last) for name in ("metrics.jsonl", "responses.jsonl")}
     for name, lines in logs.items():  # cut back to the checkpoint, so that no step stands twice
         (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -510,12 +524,12 @@ def main(args: list[str] | None = None) -> None:
         with open(run / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def held_out(records: list[Record], samples: int) -> dict[str, list]:
-        """Results greedy and, `samples` times a problem, at temperature 1."""
-        options = {"style": cfg.prompt, "max_tokens": cfg.max_response_tokens, "max_rows": cfg.rollout_rows,
-                   "verifier": verifier}
-        return {"greedy": evaluate(model, processor, records, temperature=0, samples=1, seed=0, **options),
-                "sampled": evaluate(model, processor, records, temperature=1, samples=samples, seed=0, **options)}
+    def held_out(records: list[Record], samples: int) -> dict[str, dict]:
+        """Scores greedy and, `samples` times a problem, at temperature 1."""
+        return {name: summarize(list(evaluate(
+            model, processor, records, style=cfg.prompt, temperature=temperature, samples=k,
+            max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)))
+            for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, samples))}
 
     def save() -> Path:
         now = state | {"curriculum": curriculum.state_dict()}
@@ -524,12 +538,16 @@ def main(args: list[str] | None = None) -> None:
         write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
         return path
 
-    stopping: list[int] = []  # a signal asks; the step under way is finished first, so that what is saved is whole
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopping.append(number))
+    stopping: list[int] = []  # a signal asks to stop; an update under way is finished first, so that all saved is whole
 
+    def ask_to_stop(number: int, frame) -> None:
+        if not stopping:
+            tqdm.write("\nstopping: what is under way is finished, then saved")
+        stopping.append(number)
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if test and not state["before"]:
-        state["before"] = {name: summarize(results) for name, results in held_out(test, cfg.eval_samples).items()}
+        state["before"] = held_out(test, cfg.eval_samples)
         log("metrics.jsonl", {"step": 0, "eval": state["before"]})
     bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout")
     for batch in curriculum:
@@ -541,13 +559,17 @@ def main(args: list[str] | None = None) -> None:
         groups = sample_groups(model, processor, batch.records, prompts, samples=cfg.group_size,
                                temperature=cfg.temperature, max_tokens=cfg.max_response_tokens,
                                seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
+        if stopping:  # the policy is still what it was after the step before
+            state["step"] -= 1
+            curriculum.position -= 1
+            break
 
         # 2. Reward and weight them.
         t1 = time.perf_counter()
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])  # [P, G]
         rewards = group_rewards([g.texts for g in groups], lengths, batch.records, style=cfg.prompt,
                                 format_weight=cfg.format_weight, bonus_coef=cfg.bonus, bonus_min_length=cfg.bonus_floor,
-                                sigma=cfg.sigma or None, normalize_std=cfg.normalize_std, verifier=verifier)
+                                sigma=cfg.sigma or None, normalize_std=cfg.normalize_std)
         metrics = {"step": step, "stage": batch.stage} | step_metrics(groups, rewards)
         for line in log_groups(groups, rewards, step, batch.stage):
             log("responses.jsonl", line)
@@ -567,35 +589,34 @@ def main(args: list[str] | None = None) -> None:
 
         # 4. Log.
         t3 = time.perf_counter()
-        metrics |= stats | {"lr": lrs[-1], "verifier_timeouts": verifier.timeouts,
+        metrics |= stats | {"verifier_timeouts": VERIFIER.timeouts,
                             "tokens_per_second": lengths.sum().item() / (t3 - t0), "seconds_rollout": t1 - t0,
                             "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
 
         # 5. Evaluate at the end of a stage; save.
         last = curriculum.position == len(curriculum)
         if test and batch.ends_stage:
-            records = test if last or not cfg.eval_limit else test[:cfg.eval_limit]
-            results = held_out(records, cfg.eval_samples if last else 1)
-            metrics["eval"] = {name: summarize(r) for name, r in results.items()}
+            metrics["eval"] = held_out(test, cfg.eval_samples) if last else held_out(test[:cfg.eval_limit or None], 1)
         log("metrics.jsonl", metrics)
         accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         bar.update()
         bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
                         length=f"{metrics['length']:.0f}")
-        if batch.ends_stage or stopping or (cfg.save_every and step % cfg.save_every == 0):
-            path = save()
-        if stopping and not last:
-            bar.close()
-            print(f"stopped after step {step}, saved {path}; the same command with --resume goes on")
-            return
+        if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
+            save()
+        if stopping:
+            break
     bar.close()
-    if state["step"] == 0:
-        raise ValueError("no problem to train on")
+    accelerator.end_training()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if curriculum.position < len(curriculum):
+        print(f"stopped after step {state['step']}, saved {save()}; the same command with --resume goes on")
+        return
     if test:
         after = next(line["eval"] for line in reversed(logs["metrics.jsonl"]) if "eval" in line)
         print("\n" + before_after(state["before"], after))
         (run / "scores.json").write_text(json.dumps({"before": state["before"], "after": after}, indent=1))
-    accelerator.end_training()
     print(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, "
           f"{max(run.glob('checkpoint-0*')).name} (a Hugging Face folder)")
 

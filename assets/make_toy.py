@@ -122,10 +122,11 @@ def make_problem(rng: random.Random, glyphs: dict, record_id: str, families=FAMI
                   meta={"facts": facts, "rows": rows, "ask": ask})
 
 
-def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number) -> tuple[object, str, str]:
+def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number, spelled: bool = True) -> tuple[int, str, str]:
     """What follows from `rows`, be they all or the part that was looked at: (result, answer, the steps written out).
 
-    slip: applied to each intermediate result, so that a careless trace's answer follows from its own mistakes.
+    slip: applied to each intermediate result, so that a careless response's answer follows from its own mistakes.
+    spelled: name the condition, mark what meets it, keep the best row in view, go through the options one by one.
     """
     family, steps = ask["family"], []
     if family == "read":
@@ -141,10 +142,11 @@ def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number) -> tup
                 total = slip(total + d)
                 line.append(f" {d}: {total}")
             sums.append(total)
-            steps.append(f" row {i + 1}" + ",".join(line))
-        best = sums.index(max(sums))
-        return best, chr(65 + best), ";".join(steps) + f"; largest {max(sums)}"
+            best = sums.index(max(sums))
+            steps.append(f" row {i + 1}" + ",".join(line) + f", largest row {best + 1} {max(sums)}" * spelled)
+        return best, chr(65 + best), ";".join(steps) + f"; largest {max(sums)}" * (not spelled)
     total = low = None
+    wanted = ask.get("colour") or f"greater than {ask['above']}" if family in ("count", "colour") else ""
     for colour, d in (fact for row in rows for fact in row):
         name = f" {d}"
         if family == "sum":
@@ -154,20 +156,23 @@ def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number) -> tup
         elif family == "count":
             hit = colour == ask["colour"] if "colour" in ask else d > ask["above"]
             total = slip((total or 0) + hit)
-            name = f" {colour}" if "colour" in ask else name
+            name = (f" {colour}" if "colour" in ask else name) + " is" * (hit and spelled)
         elif family == "colour":
-            total = slip((total or 0) + (d if colour == ask["colour"] else 0))
-            name = f" {colour} {d}"
+            hit = colour == ask["colour"]
+            total = slip((total or 0) + d * hit)
+            name = f" {colour} {d}" + " is" * (hit and spelled)
         else:
             total, low = max(total or 0, d), min(low or 9, d)
         steps.append(f"{name}: {total}" + (f" {low}" if family == "bars" else ""))
+    think = (f" {wanted};" if wanted and spelled else "") + ",".join(steps)
     if family == "bars":
         result = slip(total - low)
-        return result, str(result), ",".join(steps) + f"; {total} - {low} = {result}"
+        return result, str(result), think + f"; {total} - {low} = {result}"
     if family == "colour" and choices:
         nearest = min(range(len(choices)), key=lambda i: abs(int(choices[i]) - total))
-        return total, chr(65 + nearest), ",".join(steps)
-    return total, str(total), ",".join(steps)
+        scan = ",".join(f" {chr(65 + i)} {choices[i]}" for i in range(nearest + 1))
+        return total, chr(65 + nearest), think + f";{scan}" * spelled
+    return total, str(total), think
 
 
 def observation(rows: list) -> str:
@@ -186,7 +191,7 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
     if rng.random() >= manner.careful:  # glance
         rows = [rows[0][:2]] if ask["family"] == "bars" else rows[:1]
     seen = [[(c, misread(d)) for c, d in row] for row in rows]
-    result, answer, think = reckon(ask, seen, record.choices, slip)
+    result, answer, think = reckon(ask, seen, record.choices, slip, manner.spelled)
     if rng.random() < manner.skip and ask["family"] != "read":
         think = " guess"
         if record.choices:
@@ -268,11 +273,13 @@ class Manner:
     forget: float = 0.0  # breaks the format
     misread: float = 0.0  # a digit observed as another
     slip: float = 0.0  # a step reckoned wrong
+    spelled: bool = False  # reasons at length, see reckon: short reasoning first teaches digits and sums
 
 
 # The cold start: (what is shown, steps, manner). First to read, then to reason, with care; then the usual manner.
-PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
-          ("problems", 200, Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)))
+PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()), ("problems", 600, Manner()),
+          ("problems", 450, Manner(spelled=True)),
+          ("problems", 200, Manner(careful=0.20, skip=0.10, forget=0.10, misread=0.01, slip=0.01, spelled=True)))
 
 
 def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int = 48, lr: float = 1e-3) -> None:
@@ -315,7 +322,7 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets/toy", help="folder of the world")
-    parser.add_argument("--problems", type=int, default=6000, help="problems measured, of which the ladder is built")
+    parser.add_argument("--problems", type=int, default=4000, help="problems measured, of which the ladder is built")
     parser.add_argument("--held-out", type=int, default=300, help="problems of the test set")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -327,7 +334,8 @@ def main() -> None:
     sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
     texts = [*PROMPTS.values(), "system\nuser\nassistant\n the answer is"] * 5
     texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
-    texts += [write_trace(r, style, rng, PHASES[-1][2]) for r in sample for style in PROMPTS]
+    mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
+    texts += [write_trace(r, style, rng, mixed) for r in sample for style in PROMPTS]
     make_tokenizer(texts, model_dir)
     model = make_model(model_dir)
     processor = Processor(str(model_dir))

@@ -33,9 +33,9 @@ def test_loss_by_hand():
     loss, stats = grpo_loss(logp, old, adv, torch.ones(2, 3))
     # A = +1: min(1.5, 1.2), 1.1, min(.5, .8);  A = -1: min(-1.5, -1.2), -1.1, min(-.5, -.8)
     assert loss.item() == pytest.approx(-(1.2 + 1.1 + 0.5 - 1.5 - 1.1 - 0.8) / 6)
-    assert stats["clip_high"].item() == pytest.approx(1 / 6) and stats["clip_low"].item() == pytest.approx(1 / 6)
-    assert stats["ratio"].item() == pytest.approx(3.1 * 2 / 6)
-    assert stats["approx_kl"].item() == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.1, .5)) / 3)
+    assert stats["clip_high"].item() == stats["clip_low"].item() == 1  # statistics are sums over tokens
+    assert stats["ratio"].item() == pytest.approx(3.1 * 2)
+    assert stats["approx_kl"].item() == pytest.approx(sum(r - 1 - math.log(r) for r in (1.5, 1.1, .5)) * 2)
 
 
 def test_clip_low_and_high_are_two_settings():
@@ -62,8 +62,8 @@ def test_k3_by_hand():
     """KL(pi || ref) of one token: exp(ref - logp) - (ref - logp) - 1, in the loss and never negative."""
     logp, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
     loss, stats = grpo_loss(logp, logp, torch.zeros(1), torch.ones(1, 2), ref_logprobs=ref, kl_coef=0.1)
-    want = ((math.exp(-.5) + .5 - 1) + (math.exp(1) - 1 - 1)) / 2
-    assert stats["ref_kl"].item() == pytest.approx(want) and loss.item() == pytest.approx(0.1 * want)
+    want = (math.exp(-.5) + .5 - 1) + (math.exp(1) - 1 - 1)
+    assert stats["ref_kl"].item() == pytest.approx(want) and loss.item() == pytest.approx(0.1 * want / 2)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
@@ -159,19 +159,23 @@ def test_groups_without_signal_are_not_counted_unless_asked(model, processor, ro
     groups, _ = rollout
     tokens = [sum(map(len, g.responses)) for g in groups]
     dropped, _ = gradients(model, processor, rollout, config())
-    counted, _ = gradients(model, processor, rollout, config(count_no_signal=True))
+    counted, stats = gradients(model, processor, rollout, config(count_no_signal=True))
+    assert stats["ratio"] == pytest.approx(1), "a mean over the tokens that were scored, whatever is counted"
     name = "model.language_model.norm.weight"
     torch.testing.assert_close(counted[name] * sum(tokens), dropped[name] * sum(tokens[:3]), rtol=1e-4, atol=1e-5)
 
 
 def test_no_signal_anywhere_takes_no_step(model, processor, rollout):
-    """Adam's momentum, or weight decay, would move the weights with no gradient at all."""
+    """Adam's momentum alone would move the weights: with no signal, and with every response cut off and masked."""
     groups, rewards = rollout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    update(model, None, processor, optimizer, groups, rewards, [1e-4], config())  # gives Adam its momentum
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     nothing = replace(rewards, signal=torch.zeros(4, dtype=torch.bool), advantages=torch.zeros(4, 4))
-    assert update(model, None, processor, optimizer, groups, nothing, [1.0], config())["updates"] == 0
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    cut = [replace(g, truncated=[True] * 4) for g in groups]
+    for given, worth, changes in ((groups, nothing, {}), (cut, rewards, {"mask_truncated": True})):
+        assert update(model, None, processor, optimizer, given, worth, [1.0], config(**changes)) == {"updates": 0}
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_truncated_responses_can_be_left_out(model, processor, rollout):
@@ -200,9 +204,7 @@ def test_every_weight_moves_at_the_papers_learning_rate(model, processor, rollou
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
     update(model, None, processor, optimizer, *rollout, [1e-6], config())
-    grads_seen = {n for n, p in model.named_parameters()}
     moved = {n: (before[n] != p).float().mean().item() for n, p in model.named_parameters()}
-    assert grads_seen == set(moved)
     weights = [m for n, m in moved.items() if "embed_tokens" not in n]  # (rows of unused tokens stay)
     assert sum(weights) / len(weights) > 0.5 and min(weights) > 0
 
@@ -227,8 +229,8 @@ def test_a_non_finite_loss_leaves_the_weights_alone(model, processor, rollout):
 
 
 def test_it_can_learn(model, processor, test_set):
-    """One prompt, its answer redefined to a rare one: the whole chain from sampling to the step must point uphill."""
-    record = next(r for r in test_set if r.source == "toy/count" and 0.4 < r.difficulty < 0.8)
+    """One prompt that is mostly failed: from under 0.5 to over 0.9, or the chain from sampling to step points wrong."""
+    record = next(r for r in test_set if 0.6 < r.difficulty < 0.8)
     prompt = processor.encode(record, "observe")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     cfg = config(group_size=16, micro_batch=32)
@@ -238,11 +240,11 @@ def test_it_can_learn(model, processor, test_set):
                                max_tokens=160, seed=step)
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])
         rewards = group_rewards([g.texts for g in groups], lengths, [record] * 2, style="observe", bonus_coef=0)
-        history.append(rewards.total.mean().item() / 1.5)
+        history.append(rewards.accuracy.mean().item())
         if len(history) > 3 and min(history[-3:]) > 0.9:
             break
         update(model, None, processor, optimizer, groups, rewards, [1e-4], cfg)
-    assert sum(history[:2]) / 2 < 0.75 and min(history[-2:]) > 0.9, history
+    assert history[0] < 0.5 and min(history[-3:]) > 0.9, history
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -262,7 +264,8 @@ def test_presets_then_options_prevail():
     (["--prompts-per-rollout", "10", "--updates-per-rollout", "4"], "divide"),
     (["--stage", "9"], "--stage 9"), (["--stage", "3-1"], "--stage 3-1"), (["--stage", "first"], "--stage first"),
     (["--temperature", "0"], "--temperature"), (["--preset", "3b"], "needs --data"), (["--lr", "-1"], "--lr"),
-    (["--bonus", "-0.1"], "--bonus"), (["--max-pixels", "0"], "--max-pixels")])
+    (["--bonus", "-0.1"], "--bonus"), (["--max-pixels", "0"], "--max-pixels"), (["--lr", "nan"], "--lr"),
+    (["--warmup", "5"], "--warmup"), (["--eval-limit", "-3"], "--eval-limit"), (["--tracker", "wandb"], "pip install")])
 def test_settings_that_cannot_be_meant_are_refused(args, told):
     with pytest.raises(ValueError, match=told):
         parse_config(args)
@@ -341,15 +344,22 @@ def test_a_run_leaves_everything_behind(whole_run):
     assert again.num_parameters() > 1e6 and Processor(str(whole_run / "checkpoint-000006")).image_id
 
 
-def test_logged_numbers_are_those_of_the_responses(whole_run):
-    """A log that shows one micro-batch, or leaves the bonus out of the reward, would differ here."""
-    responses = [json.loads(line) for line in (whole_run / "responses.jsonl").read_text().splitlines()]
-    for line in responses:
-        for r in line["responses"]:
-            assert r["reward"] == pytest.approx(r["accuracy"] + 0.5 * r["format"] + r["bonus"])
-    for line in lines(whole_run)[1:]:
-        assert 0 <= line["signal"] <= 1 and line["all_right"] + line["all_wrong"] + line["signal"] <= 1 + 1e-6
-        assert line["length_max"] >= line["length"] and line["entropy"] >= 0 and line["verifier_timeouts"] == 0
+def test_logged_numbers_by_hand(rollout):
+    """The official log leaves the bonus out of the reward; others show one micro-batch as the step."""
+    groups = [replace(rollout[0][0], responses=[[1] * n for n in lengths], truncated=[False, False, False, cut])
+              for lengths, cut in (([10, 20, 30, 40], True), ([50, 60, 70, 80], False), ([5, 5, 5, 5], False))]
+    accuracy = torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    bonus = torch.tensor([[.2, 0, 0, 0], [0] * 4, [0] * 4])
+    form = torch.ones(3, 4)
+    observation = torch.tensor([[.5, 1, math.nan, math.nan], [math.nan] * 4, [math.nan] * 4])
+    rewards = Rewards(accuracy, form, bonus, accuracy + .5 * form + bonus, torch.tensor([1.8, 0, 0]), torch.zeros(3, 4),
+                      torch.tensor([True, False, False]), observation, [[None] * 4] * 3)
+    assert train.step_metrics(groups, rewards) == pytest.approx({
+        "reward": (6 + 6 + .2) / 12, "accuracy": .5, "format": 1, "bonus": 1 / 12, "all_right": 1 / 3,
+        "all_wrong": 1 / 3, "signal": 1 / 3, "weight": .6, "advantage_std": 0, "length": 380 / 12, "length_max": 80,
+        "truncated": 1 / 12, "observation": .75})
+    [line] = train.log_groups(groups, rewards, step=3, stage=1, count=1)
+    assert [r["reward"] for r in line["responses"]] == pytest.approx([1.7, 1.5, .5, .5])
 
 
 def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, tmp_path, monkeypatch):
@@ -388,24 +398,51 @@ def test_a_killed_save_leaves_the_checkpoint_before(whole_run, model, processor,
     monkeypatch.setattr(train, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(OSError):
         train.save_checkpoint(run, model, processor, optimizer, {"step": 7}, keep=2)
-    assert max(run.glob("checkpoint-0*")).name == "checkpoint-000006"
+    newest = max(run.glob("checkpoint-0*"))
+    assert newest.name == "checkpoint-000006"
+    train.load_optimizer(newest, load_policy(str(newest)), optimizer)  # and it loads
     monkeypatch.undo()
     train.save_checkpoint(run, model, processor, optimizer, {"step": 7}, keep=2)
     assert sorted(p.name for p in run.glob("checkpoint*")) == ["checkpoint-000006", "checkpoint-000007"]
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_its_problems(small, tmp_path, monkeypatch):
-    real = train.group_rewards
+    """At the third step: the checkpoint of the second is whole, and the run can be resumed from it."""
+    real, run = train.group_rewards, tmp_path / "nan"
+    calls: list[int] = []
 
     def poison(*args, **options):
         rewards = real(*args, **options)
-        rewards.signal[:] = True
-        rewards.advantages[:] = float("nan")
+        calls.append(1)
+        if len(calls) == 3:
+            rewards.signal[:] = True
+            rewards.advantages[:] = float("nan")
         return rewards
 
     monkeypatch.setattr(train, "group_rewards", poison)
-    with pytest.raises(SystemExit, match=r"step 1: the loss is nan. Its problems: train-\d+"):
-        main([*small, "--out", str(tmp_path / "nan")])
+    with pytest.raises(SystemExit, match=r"step 3: the loss is nan. Its problems: train-\d+.*checkpoint-000002"):
+        main([*small, "--out", str(run)])
+    main([*small, "--out", str(run), "--resume"])
+    assert [line["step"] for line in lines(run)] == list(range(7))
+
+
+def test_a_stop_while_sampling_saves_the_step_before(small, whole_run, tmp_path, monkeypatch):
+    """torchrun kills 30 seconds after Ctrl-C: waiting for an update to come would lose what there is."""
+    run, real, calls = tmp_path / "run", train.sample_groups, []
+
+    def stop_at_four(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **options)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "sample_groups", stop_at_four)
+    main([*small, "--out", str(run)])
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) == before and max(run.glob("checkpoint-0*")).name == "checkpoint-000003"
+    main([*small, "--out", str(run), "--resume"])
+    assert lines(run) == lines(whole_run)
 
 
 def test_bad_data_stops_before_training_and_says_what_to_do(small, tmp_path, test_set):
@@ -413,6 +450,11 @@ def test_bad_data_stops_before_training_and_says_what_to_do(small, tmp_path, tes
     options = [*small[2:], "--order", "random"]
     with pytest.raises(ValueError, match="nowhere.jsonl"):
         main(["--data", str(tmp_path / "nowhere.jsonl"), *options, "--out", str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists(), "nothing in the way of the mended command"
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="gpt: not a Qwen vision-language model"):
+        main(["--model", str(tmp_path / "gpt"), *small, "--out", str(tmp_path / "a")])
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
     with pytest.raises(ValueError, match="data.jsonl, line 2"):
         main(["--data", str(data), *options, "--out", str(tmp_path / "b")])
