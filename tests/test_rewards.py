@@ -340,7 +340,7 @@ def test_check_golds_names_every_record():
     good = [gold(r"2\sqrt{3}"), gold("x^2"), gold("cat")]
     check_golds(good)
     bad = [Record(f"bad{i}", "?", "\\nonsense{", answer_type="math") for i in range(12)]
-    with pytest.raises(ValueError, match=r"12 answers") as error:
+    with pytest.raises(ValueError, match=r"12 of 15 records") as error:
         check_golds(good + bad)
     message = str(error.value)
     assert all(f"bad{i}:" in message for i in range(10)) and "bad10" not in message and "and 2 more" in message

@@ -267,7 +267,7 @@ def test_prompts_are_refused_never_cut(processor, mixed):
         processor.encode(mixed[0], "observe", max_tokens=length - 1)
     with pytest.raises(ValueError, match="record one: 2 <image> marks for 1 pictures"):
         processor.encode(replace(mixed[0], question="<image><image> ?"), "observe")
-    with pytest.raises(ValueError, match="vision tokens"):
+    with pytest.raises(ValueError, match="the model.s own token"):
         processor.encode(replace(mixed[0], question="<|image_pad|> ?"), "observe")
 
 
