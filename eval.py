@@ -157,7 +157,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }}
 section {{ border-top: 1px solid #ccc; padding: 1rem 0; display: grid; grid-template-columns: 15rem 1fr; gap: 1.5rem }}
-img {{ max-width: 15rem; max-height: 15rem; border: 1px solid #ddd; image-rendering: pixelated }}
+img {{ min-width: 7rem; max-width: 15rem; max-height: 15rem; border: 1px solid #ddd; image-rendering: pixelated }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; padding: .4rem .6rem; background: #f6f6f6 }}
 .right {{ border-left: 4px solid #2a9d4a }} .wrong {{ border-left: 4px solid #d04040 }}
 small {{ color: #666; display: block }} label {{ margin-right: 1rem }}
