@@ -43,7 +43,8 @@ def test_closing_table_shows_both_ends(results):
 
 
 def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
-    results = list(evaluate(shipped, processor, test_set[:4], style="observe", temperature=1, samples=2, max_tokens=160))
+    options = {"style": "observe", "temperature": 1, "samples": 2, "max_tokens": 160}
+    results = list(evaluate(shipped, processor, test_set[:4], **options))
     for result, record in zip(results, test_set):
         assert result.record == record and len(result.samples) == 2
         for s in result.samples:
