@@ -136,6 +136,13 @@ MATH = re.compile(r"[\\$^_=+*<>{}\[\]|√π∞≤≥×÷²³]|\d!|\d[a-zA-Z]\b|\
                   r"\b[a-z]\(|\b(?:pi|sqrt|sin|cos|tan|log|ln)\b")
 
 
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...}, its braces balanced; None without one."""
+    _, box, tail = text.rpartition(r"\boxed{")
+    depth = list(itertools.accumulate({"{": 1, "}": -1}.get(char, 0) for char in tail))
+    return tail[:depth.index(-1)] if box and -1 in depth else None  # -1: where the box's own brace closes
+
+
 def unwrap(text: str) -> str:
     """A short answer without white space, math delimiters, \\boxed{}, markdown and full stop around it."""
     text = text.replace("\x0c", "\\f")  # MathVision has a `\frac` whose `\f` became a form feed
@@ -490,10 +497,8 @@ def _final_answer(solution):
     if not isinstance(solution, str):
         return solution
     text = (re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
-    _, box, tail = text.rpartition(r"\boxed{")
-    depth = list(itertools.accumulate({"{": 1, "}": -1}.get(char, 0) for char in tail))
-    if box and -1 in depth:  # where the box's own brace closes
-        text = tail[:depth.index(-1)]
+    boxed = last_boxed(text)
+    text = text if boxed is None else boxed
     if "\n" in text:  # a whole derivation: no response would ever equal it
         raise ValueError("its solution has neither <answer> nor \\boxed{}; add the final answer as `answer`")
     return re.sub(r"(?i)^the (?:final )?answer is:?\s+(.*?)\.?$", r"\1", text)

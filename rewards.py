@@ -40,6 +40,7 @@ from data import (
     MAX_ANSWER,
     SYMBOLS,
     Record,
+    last_boxed,
     normal_text,
     option_index,
     parse_items,
@@ -99,21 +100,11 @@ def extract_answer(text: str) -> str | None:
     """The last <answer>; where there is no tag, the last \\boxed{}, else a closing "the answer is X"; else None."""
     answer = section(text, "answer")
     if answer is None:
-        answer = _last_boxed(text)
+        answer = last_boxed(text)
     if answer is None and text.strip():
         last_line = text.strip().rsplit("\n", 1)[-1]
         answer = CLOSING.split(last_line)[-1] if CLOSING.search(last_line) else None
     return answer.strip() or None if answer else None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text) if "\\boxed{" in text else 0):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if not depth:
-            return text[start:end]
-    return None
 
 
 def _after(opening: re.Pattern, text: str) -> str:
