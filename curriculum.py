@@ -1,10 +1,14 @@
 """In what order: how hard a problem is, the ladder built from that, and where training stands on it.
 
     measure        8 rollouts a problem -> difficulty 1 - pass rate, complexity mean response length
+    roll_out       the same for any number of problems and processes, on disk as it comes
+    correct        what a person decided about golds that no rollout met
     build_ladder   measured problems -> stages 0 .. 8, each mixed from a window of neighbouring difficulty levels
     Curriculum     the batches of one run, easy to hard, and its place among them
 
-    torchrun curriculum.py --data raw.parquet --model MODEL --out ladder/
+    torchrun curriculum.py --data raw/*.parquet --model MODEL --out ladder/        # killed: the same command goes on
+    python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
+    python curriculum.py show ladder/ladder.parquet
 
 Departures and inferences (method.md, section 2):
   1. Stage sizes and "row = stage" are inferred from the paper's figure; the shares are read off it to +-.005.
@@ -13,27 +17,41 @@ Departures and inferences (method.md, section 2):
   3. "All records in exactly these shares" has no solution in general. Ours is the largest ladder that over-draws no
      level; beyond that size a scarce level gives what it has and the stage is filled from the rest of its window.
   4. The paper drops problems that are always solved and of low complexity, under a threshold it does not give; ours
-     keeps them (they are 1.5% of the ladder) until the builder can be told a threshold.
+     drops the least complex tenth of them (--low-complexity 0.1; 0 drops none).
   5. A stage's last batch is not dropped or padded: the stage is cut into batches that differ by at most one problem.
+  6. The paper's simple-question filter asks a "small MLLM", not named; ours asks the measuring model unless told
+     another. A direct answer gets 128 tokens: what is cut off there was not simple.
+  7. The paper reviews all never-solved problems by hand. Here rows of the review without a decision stay on the
+     ladder, as without any review, and the card says how many golds nobody looked at.
 """
 from __future__ import annotations
 
 import argparse
+import csv
+import fcntl
 import hashlib
+import io
+import json
+import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PROMPTS, Processor, Record, check_prompts, load_records, save_records
-from eval import evaluate
-from rewards import check_golds
-from rollout import best_device, load_policy
+from data import MAX_ANSWER, PROMPTS, Processor, Record, check_prompts, load_records, open_image, save_records, settle
+from eval import evaluate, plot_ladder, write_review
+from rewards import answer_matches, check_golds
+from rollout import load_policy
 
+SAMPLES = 8  # N, rollouts a problem
 LEVELS = 9  # difficulty 0, 1/8, .. 1, for N = 8 rollouts
 
 # Row = stage, column = difficulty level; read off the paper's figure, rows normalised.
@@ -54,14 +72,193 @@ MIXING /= MIXING.sum(axis=1, keepdims=True)
 STAGE_SHARES = np.array([.040, .043, .054, .079, .110, .136, .155, .179, .204])
 STAGE_SHARES /= STAGE_SHARES.sum()
 
+# The official set, by level, read off the same figure.
+PAPER_SHARES = np.array([.015, .035, .05, .075, .135, .15, .15, .20, .19])
+PAPER_COMPLEXITY = np.array([154, 165, 173, 179, 198, 210, 224, 236, 248])  # tokens
 
-def measure(model, processor: Processor, records: list[Record], *, style: str, max_tokens: int, samples: int = 8,
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(model, processor: Processor, records: list[Record], *, style: str, max_tokens: int, samples: int = SAMPLES,
             temperature: float = 1.0, seed: int = 0, max_rows: int = 256) -> Iterator[Record]:
-    """Yield each record with its difficulty (1 - correct / samples) and complexity (mean response length, tokens)."""
+    """Yield each record with its difficulty, its complexity and, in meta["rollouts"], what they were counted from."""
     for result in evaluate(model, processor, records, style=style, temperature=temperature, samples=samples,
                            max_tokens=max_tokens, max_rows=max_rows, seed=seed):
-        yield replace(result.record, difficulty=1 - sum(s.correct for s in result.samples) / samples,
-                      complexity=sum(s.tokens for s in result.samples) / samples)
+        # (a longer answer is wrong whatever the gold, and stays so when cut to one character too many)
+        yield with_rollouts(result.record, [
+            {"answer": s.answer and s.answer[:MAX_ANSWER + 1], "correct": s.correct, "tokens": s.tokens}
+            for s in result.samples])
+
+
+def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
+    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
+    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
+                   complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
+                   meta=record.meta | {"rollouts": rollouts})
+
+
+def place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(work: Callable):
+    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints."""
+    rank, world = place()
+    box = [None, None]
+    if rank == 0:
+        try:
+            box[0] = work()
+        except ValueError as error:
+            box[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise ValueError(box[1]) if rank == 0 else SystemExit(1)
+    return box[0]
+
+
+def roll_out(folder: Path, name: str, records: list[Record], model_path: str, *, rows: int, seed: int, samples: int,
+             max_pixels: int | None, **sampling) -> list[Record]:
+    """Measure records on all ranks -> all of them measured, in the same order, on every rank.
+
+    The unit of work is a chunk: `rows // samples` records, the same ones and with the same seed whatever the number of
+    processes and whatever is done already, so that its numbers are the same. A finished chunk is a line of
+    folder/name-RANK.jsonl, forced to disk; chunks that any rank of any earlier run finished are not done again.
+    sampling: style, temperature, max_tokens. All processes must see the same folder.
+    """
+    rank, world = place()
+    size = max(1, rows // samples)
+    chunks = [records[start:start + size] for start in range(0, len(records), size)]
+    todo = together(lambda: sorted(set(range(len(chunks))) - set(_finished(folder, name, chunks))))
+    if todo:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        model = load_policy(model_path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        processor = Processor(model_path, max_pixels)
+        total = sum(len(chunks[i]) for i in todo)
+        bar = tqdm(total=len(records), initial=len(records) - total, desc=name, unit="problem", disable=rank > 0)
+        with open(folder / f"{name}-{rank}.jsonl", "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{file.name}: another process still writes to it (left over from a run that was "
+                                 "killed?); end it, or wait for it") from None
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                file.write(b"\n")  # the last run was killed inside a line
+            for turn, i in enumerate(todo[rank::world], 1):
+                measured = measure(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
+                                   temperature=sampling["temperature"], style=sampling["style"],
+                                   max_tokens=sampling["max_tokens"])
+                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity,
+                            "rollouts": r.meta["rollouts"]} for r in measured]
+                file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                # All ranks are taken to be as far as this one: they have equal shares.
+                bar.update(min(len(chunks[i]) * world, bar.total - bar.n) if turn * world < len(todo) else 0)
+        if world > 1:
+            dist.barrier()
+        bar.update(bar.total - bar.n)
+        bar.close()
+    done = _finished(folder, name, chunks)
+    if missing := len(chunks) - len(done):
+        raise ValueError(f"{folder}: {missing} chunks are not there; do all processes write to the same folder?")
+    return [record for i in range(len(chunks)) for record in done[i]]
+
+
+def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, list[Record]]:
+    """Finished chunks by number. A line that cannot be read was cut when its run was killed: its chunk is not done."""
+    done = {}
+    for file in sorted(folder.glob(f"{name}-*.jsonl")):
+        for line in file.read_bytes().splitlines():
+            try:
+                chunk = json.loads(line)
+            except ValueError:
+                continue
+            i, results = chunk["chunk"], chunk["results"]
+            if i < len(chunks) and [r["id"] for r in results] == [r.id for r in chunks[i]]:
+                done[i] = [with_rollouts(record, r["rollouts"]) for record, r in zip(chunks[i], results)]
+    return done
+
+
+# --- review -----------------------------------------------------------------------------------------------------------
+
+
+def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
+    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
+
+    Raises one ValueError that names every row that cannot be used, by line, with what to do.
+    """
+    known = {record.id: record for record in records}
+    decisions: dict[str, tuple[str, Record | None]] = {}
+    bad = []
+
+    def decide(row: dict) -> None:
+        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
+        decision = decision.lower()
+        if not decision and not gold:
+            return
+        if row_id not in known:
+            raise ValueError(f"the data has no record {row_id!r}; write its id as it was (did a spreadsheet change it?)")
+        if row_id in decisions:
+            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
+        if decision not in ("keep", "drop", "fix"):
+            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
+        if bool(gold) != (decision == "fix"):
+            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
+                             "fix with a new_gold")
+        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
+
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
+    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
+        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
+    for row in table:
+        try:
+            decide(row)
+        except ValueError as error:
+            bad.append(f"line {table.line_num}: {error}")
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
+    return decisions
+
+
+def with_gold(record: Record, gold: str) -> Record:
+    """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
+    try:
+        return check_golds([replace(record, answer=gold)])[0]
+    except ValueError as error:
+        try:
+            return check_golds([replace(record, answer=gold, answer_type="")])[0]
+        except ValueError:
+            raise error from None
+
+
+def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
+    """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
+    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
+    """
+    corrected = []
+    for record in records:
+        decision, fixed = decisions.get(record.id, ("", None))
+        if fixed is not None:
+            if "rollouts" not in record.meta:
+                raise ValueError(f"record {record.id}: the answers of its rollouts are not known, so its new gold cannot "
+                                 "be judged; give the corrections to the build that measured it")
+            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
+                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
+                for r in record.meta["rollouts"]])
+        if decision != "drop":
+            corrected.append(record)
+    return corrected
+
+
+# --- the ladder -------------------------------------------------------------------------------------------------------
 
 
 def level_of(record: Record) -> int:
@@ -70,6 +267,42 @@ def level_of(record: Record) -> int:
         raise ValueError(f"record {record.id} has no difficulty and complexity; measure it first: "
                          "torchrun curriculum.py --data FILE --model MODEL --out ladder/")
     return round(record.difficulty * (LEVELS - 1))
+
+
+def low_complexity_cut(records: list[Record], quantile: float) -> list[Record]:
+    """The records without those of level 0 whose complexity is below this quantile of their level's."""
+    easy = [r.complexity for r in records if level_of(r) == 0]
+    floor = np.quantile(easy, quantile) if easy else 0
+    return [r for r in records if level_of(r) > 0 or r.complexity >= floor]
+
+
+def stage_sizes(size: int, stage_shares: np.ndarray = STAGE_SHARES) -> np.ndarray:
+    """[S] int, in the proportion of stage_shares by largest remainders, together `size`."""
+    exact = size * stage_shares
+    sizes = np.floor(exact).astype(int)
+    sizes[np.argsort(sizes - exact, kind="stable")[:size - sizes.sum()]] += 1
+    return sizes
+
+
+def largest_size(supply: np.ndarray, mixing: np.ndarray = MIXING,
+                 stage_shares: np.ndarray = STAGE_SHARES) -> tuple[int, int]:
+    """The size of the largest ladder that over-draws no level of [L] supply, empty levels aside; the level that limits
+    it."""
+    sizes = np.where(supply > 0, supply / (stage_shares @ mixing), np.inf)
+    return int(sizes.min() + 1e-9) if supply.any() else 0, int(sizes.argmin())
+
+
+def departures(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
+    """How [S, L] problems differ, by more than rounding, from [S] sizes in the shares of mixing: a line a stage."""
+    lines = []
+    for stage, (row, wanted) in enumerate(zip(table, sizes)):
+        want = wanted * mixing[stage]
+        short = [f"{abs(wanted - row.sum())} problems {'short of' if row.sum() < wanted else 'over'} {wanted}"]
+        parts = [f"level {level} {row[level]} instead of {want[level]:.0f}"
+                 for level in np.flatnonzero(np.abs(row - want) >= 2)]
+        if parts or row.sum() != wanted:
+            lines.append(f"stage {stage}: " + ", ".join((short if row.sum() != wanted else []) + parts))
+    return lines
 
 
 def allot(supply: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> np.ndarray:
@@ -103,24 +336,14 @@ def build_ladder(records: Iterable[Record], size: int | None = None, seed: int =
     for record in sorted(records, key=lambda r: r.id):
         by_level[level_of(record)].append(record)
     supply = np.array([len(level) for level in by_level])
-    shares = stage_shares @ mixing  # [L] of a whole ladder
     if size is None:
-        size = int(min(s / share for s, share in zip(supply, shares) if s > 0) + 1e-9) if supply.any() else 0
+        size = largest_size(supply, mixing, stage_shares)[0]
     if not 0 < size <= supply.sum():
         raise ValueError(f"cannot build a ladder of {size} problems from {supply.sum()}")
-    exact = size * stage_shares
-    sizes = np.floor(exact).astype(int)
-    sizes[np.argsort(sizes - exact, kind="stable")[:size - sizes.sum()]] += 1  # largest remainders
+    sizes = stage_sizes(size, stage_shares)
     take = allot(supply, sizes, mixing)
-    for stage, wanted in enumerate(sizes):
-        if (missing := wanted - take[stage].sum()) > 0:
-            print(f"ladder: stage {stage} is {missing} problems short of {wanted}: its levels are used up",
-                  file=sys.stderr)
-        off = np.abs(take[stage] - wanted * mixing[stage])
-        if off.max() > 1 + .02 * wanted:
-            level = int(off.argmax())
-            print(f"ladder: stage {stage} takes {take[stage, level]} of level {level} where its share asks for "
-                  f"{wanted * mixing[stage, level]:.0f}", file=sys.stderr)
+    for line in departures(take, sizes, mixing):
+        print(f"ladder: {line}", file=sys.stderr)
 
     rng = np.random.default_rng(seed)
     stages: list[list[Record]] = [[] for _ in sizes]
@@ -131,6 +354,20 @@ def build_ladder(records: Iterable[Record], size: int | None = None, seed: int =
             stages[stage] += used[:count]
             used = used[count:]
     return [replace(stage[i], stage=k) for k, stage in enumerate(stages) for i in rng.permutation(len(stage))]
+
+
+def stage_table(ladder: list[Record]) -> np.ndarray:
+    """[S, L] problems by stage and level. Raises ValueError for a record that is on no stage."""
+    table = np.zeros((LEVELS, LEVELS), int)
+    for record in ladder:
+        level = level_of(record)
+        if record.stage is None or not 0 <= record.stage < LEVELS:
+            raise ValueError(f"record {record.id} is on no stage 0 .. 8; build a ladder of it with --data FILE --out DIR")
+        table[record.stage, level] += 1
+    return table
+
+
+# --- the order of training --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,39 +441,271 @@ class Curriculum:
         self.position = state["position"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure problems by a model's own rollouts and build a ladder.")
-    parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub id that measures")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the ladder")
-    parser.add_argument("--size", type=int, help="problems on the ladder (default: all that the shares allow)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
-    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
-    parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
-    args = parser.parse_args()
-    records = [record for path in args.data for record in load_records(path)]
-    if twice := [record_id for record_id, n in Counter(r.id for r in records).items() if n > 1]:
-        raise ValueError(f"the id {twice[0]!r} stands in more than one file of --data; ids must be unique")
-    records = check_golds(records)
-    if any(r.difficulty is None for r in records):
-        processor = Processor(args.model, args.max_pixels)
-        records = check_prompts(processor, records, args.prompt)
-        model = load_policy(args.model, best_device())
-        measured = measure(model, processor, records, style=args.prompt, temperature=args.temperature,
-                           max_tokens=args.max_tokens, max_rows=args.rows, seed=args.seed)
-        records = list(tqdm(measured, total=len(records), desc="measuring", unit="problem"))
-        save_records(str(args.out / "measured.parquet"), records)  # a ladder of other shares can be built from it
-    ladder = build_ladder(records, args.size, args.seed)
-    save_records(str(args.out / "ladder.parquet"), ladder)
-    table = np.zeros((LEVELS, LEVELS), int)
-    for record in ladder:
-        table[record.stage, level_of(record)] += 1
-    print(f"{args.out / 'ladder.parquet'}: {len(ladder)} of {len(records)} problems\nstage  size   level 0 .. 8")
+# --- from the command line --------------------------------------------------------------------------------------------
+
+LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
+            "mathv360k": "none given"}  # as their authors publish them
+HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
+
+
+def licence(source: str) -> str:
+    name = re.sub(r"[^a-z0-9]", "", source.lower())
+    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
+
+
+def report(ladder: list[Record]) -> str:
+    """Counts by level, stage and source, beside the paper's: Markdown that reads well in a terminal."""
+    table, complexity = stage_table(ladder), level_complexity(ladder)
+    lines = ["| level | problems | share | paper | complexity, tokens | paper |", "|---|---|---|---|---|---|"]
+    for level, count in enumerate(table.sum(0)):
+        lines.append(f"| {level / (LEVELS - 1):.3f} | {count:6d} | {count / len(ladder):.3f} | "
+                     f"{PAPER_SHARES[level]:.3f} | {complexity[level]:5.0f} | {PAPER_COMPLEXITY[level]} |")
+    lines += ["", "| stage | problems | " + " | ".join(f"level {n}" for n in range(LEVELS)) + " |",
+              "|---|---|" + "---|" * LEVELS]
     for stage, row in enumerate(table):
-        print(f"{stage:5d} {row.sum():5d}   " + " ".join(f"{n:4d}" for n in row))
+        lines.append(f"| {stage} | {row.sum():6d} | " + " | ".join(f"{n:5d}" for n in row) + " |")
+    lines += ["", "| source | problems | licence |", "|---|---|---|"]
+    for source, count in sorted(Counter(r.source for r in ladder).items(), key=lambda item: (-item[1], item[0])):
+        name = " ".join(source.replace("|", "/").split()) or "(not named)"
+        lines.append(f"| {name} | {count} | {licence(source)} |")
+    return "\n".join(lines)
+
+
+def level_complexity(ladder: list[Record]) -> np.ndarray:
+    """[L] mean complexity of each level, in tokens; nan where there is no problem."""
+    levels = [[r.complexity for r in ladder if level_of(r) == level] for level in range(LEVELS)]
+    return np.array([np.mean(level) if level else np.nan for level in levels])
+
+
+def draw(ladder: list[Record], path: Path) -> None:
+    plot_ladder(ladder, stage_table(ladder), level_complexity(ladder), MIXING, PAPER_SHARES, PAPER_COMPLEXITY, path)
+
+
+def write_card(path: Path, ladder: list[Record], settings: dict, notes: list[str]) -> None:
+    """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
+
+    settings: what measured the problems; notes: how the ladder was built and where it departs from the shares.
+    """
+    licences = {licence(r.source) for r in ladder}
+    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
+    size = next((f"{low}<n<{high}" for low, high, limit in (
+        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
+        "n>1M").removeprefix("<")
+    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
+    path.write_text(f"""---
+pretty_name: A NeuraLadder
+license: {name}
+task_categories:
+- image-text-to-text
+tags:
+- curriculum
+- reasoning
+- reinforcement-learning
+size_categories:
+- {size}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: ladder.parquet
+---
+# A ladder of {len(ladder)} problems
+
+Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
+2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {SAMPLES} responses of the model below, `complexity`
+their mean length in tokens; each stage is mixed from a window of five difficulty levels.
+
+![shares and complexity by level, mixing by stage, examples](ladder.png)
+
+    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
+    torchrun train.py --data FOLDER
+
+TRL and EasyR1 find pictures in `images` and the gold in `answer`; the options of a multiple choice are in `choices`, not
+in `question`.
+
+## What is on it
+
+{report(ladder)}
+
+## How it was built
+
+{chr(10).join(f"- {note}" for note in notes)}
+
+## How it was measured
+
+| setting | value |
+|---|---|
+{measured}
+""", encoding="utf-8")
+
+
+def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
+    """The records of all paths, at most `limit`. An id that stands in two of them is refused, or skipped."""
+    good: dict[str, Record] = {}
+    origin, bad = {}, []
+    for path in paths:
+        left = None if limit is None else limit - len(good)
+        for record in load_records(path, left, skip_bad) if left != 0 else []:
+            if record.id in good:
+                bad.append(f"{path}: the id {record.id!r} stands in {origin[record.id]} too; ids must be unique")
+            else:
+                good[record.id], origin[record.id] = record, path
+    return settle("--data", list(good.values()), bad, skip_bad)
+
+
+def fingerprint(path: str) -> str:
+    """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
+    if not Path(path).is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
+            with open(file, "rb") as data:
+                digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
+    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})"
+
+
+def data_digest(records: list[Record]) -> str:
+    """Changes with any change of the texts, and, as it looks into 64 records only, with most changes of pictures."""
+    digest = hashlib.sha256()
+    for i, r in enumerate(records):
+        digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
+        for image in r.images if i % -(-len(records) // 64) == 0 else ():
+            try:
+                digest.update(open_image(image, r.id).tobytes())
+            except ValueError:
+                pass  # check_prompts will name it
+    return f"{len(records)} problems ({digest.hexdigest()[:12]})"
+
+
+def earlier(folder: Path) -> dict:
+    """settings.json of a build: what measured it, and which records could not be used. Empty where there is none."""
+    file = folder / "settings.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Record], dict, bool]:
+    """Everything that can be refused before hours are lost -> usable records by id, settings, are they measured?"""
+    for name, low in (("rows", 1), ("max_tokens", 1), ("size", 1), ("limit", 1), ("temperature", 1e-6)):
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
+    if not 0 <= args.low_complexity < 1:
+        raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
+    if 0 < torch.cuda.device_count() < (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        raise ValueError(f"{local} processes for {torch.cuda.device_count()} GPUs; start at most one on each")
+    if any((args.out / "ladder.parquet").resolve() in (Path(p).resolve(), Path(p).resolve() / "ladder.parquet")
+           for p in args.data):
+        raise ValueError(f"--out would write over the ladder that --data reads; give another --out, or build from "
+                         f"{args.out / 'measured.parquet'}")
+    records = sorted(load_all(args.data, args.limit, args.skip_bad), key=lambda r: r.id)
+    unmeasured = [r for r in records if r.difficulty is None or r.complexity is None]
+    if unmeasured and len(unmeasured) < len(records):
+        raise ValueError(f"{len(records) - len(unmeasured)} records are measured and {len(unmeasured)} are not, such as "
+                         f"{unmeasured[0].id}; build from the measured ones alone, or take the difficulty of all out")
+    if unmeasured and not args.model:
+        raise ValueError("the records are not measured yet; give the --model that is to measure them")
+    old = earlier(args.out)
+    if unmeasured:
+        filter_model = "" if args.keep_simple else args.filter_model or args.model
+        settings = {"data": data_digest(records), "model": fingerprint(args.model),
+                    "simple-question filter": fingerprint(filter_model) if filter_model else "off", "samples": SAMPLES,
+                    "prompt": args.prompt, "temperature": args.temperature, "max_tokens": args.max_tokens,
+                    "max_pixels": args.max_pixels, "rows": args.rows, "seed": args.seed}
+    else:
+        builds = [build["measured_by"] for p in args.data
+                  if (build := earlier(Path(p) if Path(p).is_dir() else Path(p).parent))]
+        settings = builds[0] if builds else {"data": data_digest(records), "model": "unknown"}
+        for other in builds[1:]:
+            if differing := [key for key in settings if key != "data" and settings[key] != other.get(key)]:
+                raise ValueError(f"the files of --data were measured with another {differing[0]} each: "
+                                 f"{settings[differing[0]]} and {other.get(differing[0])}; measure them together")
+        if len(builds) > 1:
+            settings = settings | {"data": data_digest(records)}
+    if old and old["measured_by"] != settings:
+        lines = [f"  {key}: {old['measured_by'].get(key)} there, {settings.get(key)} now"
+                 for key in old["measured_by"] | settings if old["measured_by"].get(key) != settings.get(key)]
+        raise ValueError(f"{args.out} holds a build of other data or settings:\n" + "\n".join(lines)
+                         + "\ngive what it began with, or another --out")
+    if not old and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty and holds no build of curriculum.py; give another --out")
+    if old:
+        records = [r for r in records if r.id not in set(old["dropped"])]
+    elif unmeasured:
+        ids = {r.id for r in records}
+        for path in {args.model, filter_model or args.model}:
+            records = check_prompts(Processor(path, args.max_pixels), records, args.prompt, skip_bad=args.skip_bad)
+        records = check_golds(records, args.skip_bad)
+        old = {"dropped": sorted(ids - {r.id for r in records})}
+    if args.corrections:
+        read_corrections(args.corrections, records)
+    args.out.mkdir(parents=True, exist_ok=True)
+    part = args.out / f".settings.{os.getpid()}"
+    part.write_text(json.dumps({"measured_by": settings, "dropped": old.get("dropped", [])}, indent=1))
+    os.replace(part, args.out / "settings.json")
+    return records, settings, not unmeasured
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure problems by a model's own rollouts and build a ladder. "
+                                     "(`curriculum.py show LADDER` prints and draws one.)")
+    parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
+    parser.add_argument("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
+    parser.add_argument("--filter-model", help="of the simple-question filter (default: --model)")
+    parser.add_argument("--keep-simple", action="store_true", help="no filter: keep what is answered right at once")
+    parser.add_argument("--corrections", type=Path, help="review.csv with decisions: keep, drop, fix with a new_gold")
+    parser.add_argument("--low-complexity", type=float, default=0.1,
+                        help="drop difficulty-0 problems below this quantile of their complexities; 0: none")
+    parser.add_argument("--size", type=int, help="problems on the ladder (default: all that the shares allow)")
+    parser.add_argument("--limit", type=int, help="first so many problems only")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order inside a stage")
+    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of training")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="longest response, as --max-response-tokens there")
+    parser.add_argument("--max-pixels", type=int, default=2_560_000, help="area above which pictures are shrunk, as there")
+    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
+    return parser.parse_args()
+
+
+def show(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="curriculum.py show", description="Print and draw a ladder.")
+    parser.add_argument("ladder", help="file, folder or hub id")
+    parser.add_argument("--out", type=Path, default=Path("ladder.png"))
+    args = parser.parse_args(argv)
+    ladder = load_records(args.ladder)
+    print(report(ladder), *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
+    draw(ladder, args.out)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["show"]:
+        return show(sys.argv[2:])
+    args = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+    records, settings, measured = together(lambda: prepare(args))
+    notes = []
+    if not measured:
+        options = {"rows": args.rows, "seed": args.seed, "max_pixels": args.max_pixels}
+        if not args.keep_simple:
+            tried = roll_out(args.out, "direct", records, args.filter_model or args.model, samples=1, temperature=0.0,
+                             style="none", max_tokens=min(DIRECT_TOKENS, args.max_tokens), **options)
+            kept = {r.id for r in tried if r.difficulty > 0}
+            records = [r for r in records if r.id in kept]
+            if not records:
+                raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
+                                 "--keep-simple with another --out")
+        records = roll_out(args.out, "rollouts", records, args.model, samples=SAMPLES, temperature=args.temperature,
+                           style=args.prompt, max_tokens=args.max_tokens, **options)
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        dist.destroy_process_group()
+        if rank:
+            return
+    if not measured:
+        save_records(str(args.out / "measured.parquet"), records)  # a ladder of other shares can be built from it
+    build(args, records, settings)
 
 
 if __name__ == "__main__":

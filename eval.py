@@ -5,6 +5,8 @@
     before_after   the table that closes a run
     plot_curves    metrics.jsonl -> curves.png
     write_page     responses.jsonl -> one HTML file to look through, pictures inside
+    plot_ladder    a ladder -> the three panels of the paper's figure
+    write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
 
     python eval.py --model CHECKPOINT --benchmark toy
 """
@@ -12,17 +14,33 @@ from __future__ import annotations
 
 import argparse
 import base64
+import csv
 import html
 import io
 import json
 import sys
+import textwrap
+import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Iterator
 
+from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 from tqdm import tqdm
 
-from data import PROMPTS, Processor, Record, check_prompts, load_records, open_image
+from data import (
+    PROMPTS,
+    Processor,
+    Record,
+    check_prompts,
+    load_records,
+    normal_text,
+    open_image,
+    option_index,
+    parse_number,
+)
 from rewards import check_golds, score
 from rollout import best_device, load_policy, sample_groups
 
@@ -119,17 +137,13 @@ def before_after(before: dict, after: dict) -> str:
 
 def plot_curves(metrics: list[dict], path: Path) -> None:
     """Lines of metrics.jsonl -> a PNG: what training saw, and held-out scores at each stage's end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     steps = [m for m in metrics if "reward" in m]
     tests = [m for m in metrics if "eval" in m]
     panels = [("accuracy", "accuracy"), ("format", "format"), ("observation", "observation accuracy"),
               ("length", "response length, tokens"), ("reward", "reward"), ("signal", "share of groups with signal"),
               ("entropy", "entropy, nats a token"), ("grad_norm", "gradient norm")]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
+    figure = Figure(figsize=(16, 6.5), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, (key, title) in zip(axes.flat, panels):
         points = [(m["step"], m[key]) for m in steps if key in m]
         if points:
@@ -149,9 +163,61 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
         axis.set_title(title)
         axis.set_xlabel("rollout (a line at each stage's end)")
-    axes.flat[0].legend(fontsize=8)
+    if axes.flat[0].get_legend_handles_labels()[0]:
+        axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
+    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
+
+    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
+    """
+    stages, levels = table.shape
+    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
+                                 height_ratios=[5, 3])
+    shares = axes["shares"]
+    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
+    shares.plot(range(levels), paper_shares, "_", color="C0", markersize=24, label="share, paper")
+    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
+               xticklabels=names)
+    tokens = shares.twinx()
+    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
+    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
+    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
+    shares.legend(loc="upper left")
+    tokens.legend(loc="lower right")
+
+    mix = axes["mixing"]
+    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
+    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
+    for stage in range(stages):
+        for level in range(levels):
+            if table[stage, level] or mixing[stage, level]:
+                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
+                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
+    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
+            xticks=range(levels), xticklabels=names, yticks=range(stages),
+            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
+
+    for level in range(levels):
+        axis = axes[str(level)]
+        axis.set_axis_off()
+        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
+                          key=lambda r: (r.complexity, r.id))
+        if at_level:
+            example = at_level[len(at_level) // 2]
+            picture = open_image(example.images[0], example.id)
+            picture.thumbnail((512, 512))
+            axis.imshow(picture)
+            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
+            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
+                           parse_math=False)  # a lone $ of a question would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
+        figure.savefig(path, dpi=100)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
@@ -162,10 +228,11 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; paddin
 .right {{ border-left: 4px solid #2a9d4a }} .wrong {{ border-left: 4px solid #d04040 }}
 small {{ color: #666; display: block }} label {{ margin-right: 1rem }}
 body.hide-right pre.right, body.hide-wrong pre.wrong {{ display: none }}
-</style><h1>{title}</h1><p>Groups sampled along the run, in order. Green: right; red: wrong.
-<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-right')"> right</label>
-<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-wrong')"> wrong</label></p>
+</style><h1>{title}</h1><p>{intro}</p>
 {body}"""
+SWITCHES = """Groups sampled along the run, in order. Green: right; red: wrong.
+<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-right')"> right</label>
+<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-wrong')"> wrong</label>"""
 
 
 def picture_tag(record: Record, image) -> str:
@@ -173,8 +240,13 @@ def picture_tag(record: Record, image) -> str:
     picture = open_image(image, record.id)
     picture.thumbnail((512, 512))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    kind = "png" if picture.width * picture.height < 256 * 256 else "jpeg"  # a page of photographs as PNG is 80 MB
+    picture.save(buffer, kind, quality=85)
+    return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def gold_of(record: Record) -> str:
+    return " or ".join(record.golds)
 
 
 def write_page(lines: list[dict], records: dict[str, Record], path: Path, title: str, limit: int = 300) -> None:
@@ -187,7 +259,6 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
     parts = []
     for line in lines:
         record = records[line["id"]]
-        gold = record.answer if isinstance(record.answer, str) else " or ".join(record.answer)
         responses = "".join(
             f'<pre class="{"right" if r["accuracy"] else "wrong"}">{html.escape(r["text"])}'
             f'<small>reward {r["reward"]:.2f} = accuracy {r["accuracy"]:.0f}, format {r["format"]:.0f}, '
@@ -198,9 +269,75 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
             f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
             f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small>'
             '</div>'
-            f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b><br>gold: {html.escape(gold)}</p>'
+            f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b><br>'
+            f'gold: {html.escape(gold_of(record))}</p>'
             f'{responses}</div></section>')
-    path.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+    path.write_text(PAGE.format(title=html.escape(title), intro=SWITCHES, body="\n".join(parts)), encoding="utf-8")
+
+
+# --- review of golds --------------------------------------------------------------------------------------------------
+
+COLUMNS = ("id", "question", "gold", "majority", "votes", "decision", "new_gold")
+REVIEW = """No rollout met the gold of these {count} problems. The likeliest wrong golds come first: those where the
+rollouts agree most on one other answer. Write into <b>review.csv</b>, column decision: <b>keep</b> (the gold is right),
+<b>drop</b>, or <b>fix</b> with the right answer in new_gold; then run curriculum.py again with
+--corrections review.csv. Rows without a decision stay as they are. Page {links}"""
+
+
+def majority(record: Record) -> tuple[str, int]:
+    """The answer that most of a record's rollouts gave, as the first of them wrote it, and how many gave it."""
+    def vote(answer: str) -> str:  # what equal answers share: the option's letter, the number, or the text
+        option = option_index(answer, record.choices) if record.answer_type == "choice" else None
+        if option is not None:
+            return ascii_uppercase[option]
+        number = parse_number(answer)
+        return normal_text(answer) if number is None else f"{number:.6g}"
+
+    answers = [rollout["answer"] for rollout in record.meta["rollouts"] if rollout["answer"] is not None]
+    if not answers:
+        return "", 0
+    [(winner, count)] = Counter(map(vote, answers)).most_common(1)
+    return next(answer for answer in answers if vote(answer) == winner), count
+
+
+def write_review(records: list[Record], folder: Path, per_page: int = 200) -> None:
+    """Records with meta["rollouts"] -> folder/review.html (then review-2.html, ...) and review.csv, likely wrong first.
+
+    A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
+    """
+    ranked = sorted(((record, *majority(record)) for record in records), key=lambda row: (-row[2], row[0].id))
+    names = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
+    links = " ".join(f'<a href="{name}">{n}</a>' for n, name in enumerate(names, 1))
+    for page, name in enumerate(names):
+        parts = []
+        for record, answer, votes in ranked[page * per_page:(page + 1) * per_page]:
+            given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in record.meta["rollouts"])
+            parts.append(
+                f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
+                f'<small>{html.escape(record.id)}<br>{html.escape(record.source)}</small></div>'
+                f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b></p>'
+                f'<pre class="right">gold: {html.escape(gold_of(record))}</pre>'
+                f'<pre class="wrong">majority, {votes} of {len(record.meta["rollouts"])}: {html.escape(answer)}</pre>'
+                f'<pre>all: {html.escape(given)}</pre></div></section>')
+        intro = REVIEW.format(count=len(ranked), links=links)
+        (folder / name).write_text(PAGE.format(title="Review of golds", intro=intro, body="\n".join(parts)), "utf-8")
+
+    def cell(text: str) -> str:  # on one line, and no formula to a spreadsheet: a model wrote some of these
+        text = " ".join(text.split())
+        return "'" + text if text.startswith(("=", "+", "-", "@")) and parse_number(text) is None else text
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for record, answer, votes in ranked:
+        writer.writerow([record.id, cell(record.text), cell(gold_of(record)), cell(answer),
+                         f"{votes} of {len(record.meta['rollouts'])}", "", ""])
+    content = table.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
+    path = folder / "review.csv"
+    if path.exists() and path.read_bytes() != content:
+        print(f"{path} has been edited; left as it is", file=sys.stderr)
+    else:
+        path.write_bytes(content)
 
 
 def main() -> None:
