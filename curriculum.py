@@ -2,7 +2,6 @@
 
     measure        8 rollouts a problem -> difficulty 1 - pass rate, complexity mean response length
     roll_out       the same for any number of problems and processes, on disk as it comes
-    correct        what a person decided about golds that no rollout met
     build_ladder   measured problems -> stages 0 .. 8, each mixed from a window of neighbouring difficulty levels
     Curriculum     the batches of one run, easy to hard, and its place among them
 
@@ -27,13 +26,11 @@ Departures and inferences (method.md, section 2):
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -47,11 +44,21 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import MAX_ANSWER, PROMPTS, Processor, Record, check_prompts, load_records, open_image, save_records, settle
-from eval import evaluate, plot_ladder, write_review
-from rewards import answer_matches, check_golds
+from eval import (
+    correct,
+    evaluate,
+    licence,
+    plot_ladder,
+    read_corrections,
+    with_rollouts,
+    write_card,
+    write_review,
+)
+from rewards import check_golds
 from rollout import load_policy
 
 SAMPLES = 8  # N, rollouts a problem
+DIRECT_TOKENS = 128  # of a direct answer
 LEVELS = 9  # difficulty 0, 1/8, .. 1, for N = 8 rollouts
 
 # Row = stage, column = difficulty level; read off the paper's figure, rows normalised.
@@ -88,13 +95,6 @@ def measure(model, processor: Processor, records: list[Record], *, style: str, m
         yield with_rollouts(result.record, [
             {"answer": s.answer and s.answer[:MAX_ANSWER + 1], "correct": s.correct, "tokens": s.tokens}
             for s in result.samples])
-
-
-def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
-    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
-    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
-                   complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
-                   meta=record.meta | {"rollouts": rollouts})
 
 
 def place() -> tuple[int, int]:
@@ -147,11 +147,9 @@ def roll_out(folder: Path, name: str, records: list[Record], model_path: str, *,
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")  # the last run was killed inside a line
             for turn, i in enumerate(todo[rank::world], 1):
-                measured = measure(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
-                                   temperature=sampling["temperature"], style=sampling["style"],
-                                   max_tokens=sampling["max_tokens"])
-                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity,
-                            "rollouts": r.meta["rollouts"]} for r in measured]
+                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity, "rollouts": r.meta["rollouts"]}
+                           for r in measure(model, processor, chunks[i], samples=samples, seed=seed + i * size,
+                                            max_rows=rows, **sampling)]
                 file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -180,82 +178,6 @@ def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, 
             if i < len(chunks) and [r["id"] for r in results] == [r.id for r in chunks[i]]:
                 done[i] = [with_rollouts(record, r["rollouts"]) for record, r in zip(chunks[i], results)]
     return done
-
-
-# --- review -----------------------------------------------------------------------------------------------------------
-
-
-def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
-    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
-
-    Raises one ValueError that names every row that cannot be used, by line, with what to do.
-    """
-    known = {record.id: record for record in records}
-    decisions: dict[str, tuple[str, Record | None]] = {}
-    bad = []
-
-    def decide(row: dict) -> None:
-        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
-        decision = decision.lower()
-        if not decision and not gold:
-            return
-        if row_id not in known:
-            raise ValueError(f"the data has no record {row_id!r}; write its id as it was (did a spreadsheet change it?)")
-        if row_id in decisions:
-            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
-        if decision not in ("keep", "drop", "fix"):
-            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
-        if bool(gold) != (decision == "fix"):
-            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
-                             "fix with a new_gold")
-        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
-
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
-    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
-        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
-    for row in table:
-        try:
-            decide(row)
-        except ValueError as error:
-            bad.append(f"line {table.line_num}: {error}")
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
-    return decisions
-
-
-def with_gold(record: Record, gold: str) -> Record:
-    """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
-    try:
-        return check_golds([replace(record, answer=gold)])[0]
-    except ValueError as error:
-        try:
-            return check_golds([replace(record, answer=gold, answer_type="")])[0]
-        except ValueError:
-            raise error from None
-
-
-def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
-    """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
-    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
-    """
-    corrected = []
-    for record in records:
-        decision, fixed = decisions.get(record.id, ("", None))
-        if fixed is not None:
-            if "rollouts" not in record.meta:
-                raise ValueError(f"record {record.id}: the answers of its rollouts are not known, so its new gold cannot "
-                                 "be judged; give the corrections to the build that measured it")
-            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
-                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
-                for r in record.meta["rollouts"]])
-        if decision != "drop":
-            corrected.append(record)
-    return corrected
 
 
 # --- the ladder -------------------------------------------------------------------------------------------------------
@@ -362,7 +284,7 @@ def stage_table(ladder: list[Record]) -> np.ndarray:
     for record in ladder:
         level = level_of(record)
         if record.stage is None or not 0 <= record.stage < LEVELS:
-            raise ValueError(f"record {record.id} is on no stage 0 .. 8; build a ladder of it with --data FILE --out DIR")
+            raise ValueError(f"record {record.id} is on no stage 0 .. 8; build a ladder: --data FILE --out DIR")
         table[record.stage, level] += 1
     return table
 
@@ -443,16 +365,6 @@ class Curriculum:
 
 # --- from the command line --------------------------------------------------------------------------------------------
 
-LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
-            "mathv360k": "none given"}  # as their authors publish them
-HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
-
-
-def licence(source: str) -> str:
-    name = re.sub(r"[^a-z0-9]", "", source.lower())
-    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
-
-
 def report(ladder: list[Record]) -> str:
     """Counts by level, stage and source, beside the paper's: Markdown that reads well in a terminal."""
     table, complexity = stage_table(ladder), level_complexity(ladder)
@@ -481,88 +393,28 @@ def draw(ladder: list[Record], path: Path) -> None:
     plot_ladder(ladder, stage_table(ladder), level_complexity(ladder), MIXING, PAPER_SHARES, PAPER_COMPLEXITY, path)
 
 
-def write_card(path: Path, ladder: list[Record], settings: dict, notes: list[str]) -> None:
-    """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
-
-    settings: what measured the problems; notes: how the ladder was built and where it departs from the shares.
-    """
-    licences = {licence(r.source) for r in ladder}
-    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
-    size = next((f"{low}<n<{high}" for low, high, limit in (
-        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
-        "n>1M").removeprefix("<")
-    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
-    path.write_text(f"""---
-pretty_name: A NeuraLadder
-license: {name}
-task_categories:
-- image-text-to-text
-tags:
-- curriculum
-- reasoning
-- reinforcement-learning
-size_categories:
-- {size}
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: ladder.parquet
----
-# A ladder of {len(ladder)} problems
-
-Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
-2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {SAMPLES} responses of the model below, `complexity`
-their mean length in tokens; each stage is mixed from a window of five difficulty levels.
-
-![shares and complexity by level, mixing by stage, examples](ladder.png)
-
-    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
-    torchrun train.py --data FOLDER
-
-TRL and EasyR1 find pictures in `images` and the gold in `answer`; the options of a multiple choice are in `choices`, not
-in `question`.
-
-## What is on it
-
-{report(ladder)}
-
-## How it was built
-
-{chr(10).join(f"- {note}" for note in notes)}
-
-## How it was measured
-
-| setting | value |
-|---|---|
-{measured}
-""", encoding="utf-8")
-
-
 def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
-    """The records of all paths, at most `limit`. An id that stands in two of them is refused, or skipped."""
-    good: dict[str, Record] = {}
-    origin, bad = {}, []
+    """The records of all paths by id, at most `limit`. An id that stands in two of them is refused, or skipped."""
+    good: dict[str, tuple[Record, str]] = {}
+    bad = []
     for path in paths:
         left = None if limit is None else limit - len(good)
         for record in load_records(path, left, skip_bad) if left != 0 else []:
             if record.id in good:
-                bad.append(f"{path}: the id {record.id!r} stands in {origin[record.id]} too; ids must be unique")
+                bad.append(f"{path}: the id {record.id!r} stands in {good[record.id][1]} too; ids must be unique")
             else:
-                good[record.id], origin[record.id] = record, path
-    return settle("--data", list(good.values()), bad, skip_bad)
+                good[record.id] = record, path
+    return settle("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
 
 
-def fingerprint(path: str) -> str:
+def model_digest(path: str) -> str:
     """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
-    if not Path(path).is_dir():
-        return path
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
             with open(file, "rb") as data:
                 digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
-    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})"
+    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})" if Path(path).is_dir() else path
 
 
 def data_digest(records: list[Record]) -> str:
@@ -571,21 +423,40 @@ def data_digest(records: list[Record]) -> str:
     for i, r in enumerate(records):
         digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
         for image in r.images if i % -(-len(records) // 64) == 0 else ():
-            try:
+            with contextlib.suppress(ValueError):  # (check_prompts will name it)
                 digest.update(open_image(image, r.id).tobytes())
-            except ValueError:
-                pass  # check_prompts will name it
     return f"{len(records)} problems ({digest.hexdigest()[:12]})"
 
 
-def earlier(folder: Path) -> dict:
-    """settings.json of a build: what measured it, and which records could not be used. Empty where there is none."""
+def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
+    """What the records are to be measured by; where they are measured, what a settings.json beside their file tells."""
+    if records[0].difficulty is None:
+        model = args.filter_model or args.model
+        return {"data": data_digest(records), "model": model_digest(args.model),
+                "simple-question filter": "off" if args.keep_simple else model_digest(model), "samples": SAMPLES,
+                **{key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
+                                                       "seed")}}
+    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data]
+    builds = [found["measured_by"] for folder in dict.fromkeys(folders) if (found := settings_of(folder))]
+    for other in builds[1:]:
+        if unlike := [key for key in builds[0] if key != "data" and builds[0][key] != other.get(key)]:
+            raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
+                             f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
+    known = builds[0] if builds else {"model": "unknown"}
+    return known if len(builds) == len(args.data) == 1 else known | {"data": data_digest(records)}
+
+
+def settings_of(folder: Path) -> dict:
+    """What an earlier run left in settings.json: what measured, and which ids could not be used. {}: no earlier run."""
     file = folder / "settings.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Record], dict, bool]:
-    """Everything that can be refused before hours are lost -> usable records by id, settings, are they measured?"""
+def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
+    """Everything that can be refused before hours are lost -> usable records by id, and what measures or measured them.
+
+    The settings go to settings.json, so that the same command can go on and another one is refused.
+    """
     for name, low in (("rows", 1), ("max_tokens", 1), ("size", 1), ("limit", 1), ("temperature", 1e-6)):
         if (value := getattr(args, name)) is not None and value < low:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
@@ -593,56 +464,70 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict, bool]:
         raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
     if 0 < torch.cuda.device_count() < (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
         raise ValueError(f"{local} processes for {torch.cuda.device_count()} GPUs; start at most one on each")
-    if any((args.out / "ladder.parquet").resolve() in (Path(p).resolve(), Path(p).resolve() / "ladder.parquet")
-           for p in args.data):
-        raise ValueError(f"--out would write over the ladder that --data reads; give another --out, or build from "
-                         f"{args.out / 'measured.parquet'}")
-    records = sorted(load_all(args.data, args.limit, args.skip_bad), key=lambda r: r.id)
-    unmeasured = [r for r in records if r.difficulty is None or r.complexity is None]
-    if unmeasured and len(unmeasured) < len(records):
-        raise ValueError(f"{len(records) - len(unmeasured)} records are measured and {len(unmeasured)} are not, such as "
-                         f"{unmeasured[0].id}; build from the measured ones alone, or take the difficulty of all out")
-    if unmeasured and not args.model:
+    ladder = (args.out / "ladder.parquet").resolve()
+    if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
+        raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
+                         "or give another --out")
+    records = load_all(args.data, args.limit, args.skip_bad)
+    raw = [r for r in records if r.difficulty is None or r.complexity is None]
+    if raw and len(raw) < len(records):
+        raise ValueError(f"{len(records) - len(raw)} records are measured and {len(raw)} are not, such as {raw[0].id}; "
+                         "build from the measured ones alone, or take difficulty and complexity out of all")
+    if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
-    old = earlier(args.out)
-    if unmeasured:
-        filter_model = "" if args.keep_simple else args.filter_model or args.model
-        settings = {"data": data_digest(records), "model": fingerprint(args.model),
-                    "simple-question filter": fingerprint(filter_model) if filter_model else "off", "samples": SAMPLES,
-                    "prompt": args.prompt, "temperature": args.temperature, "max_tokens": args.max_tokens,
-                    "max_pixels": args.max_pixels, "rows": args.rows, "seed": args.seed}
-    else:
-        builds = [build["measured_by"] for p in args.data
-                  if (build := earlier(Path(p) if Path(p).is_dir() else Path(p).parent))]
-        settings = builds[0] if builds else {"data": data_digest(records), "model": "unknown"}
-        for other in builds[1:]:
-            if differing := [key for key in settings if key != "data" and settings[key] != other.get(key)]:
-                raise ValueError(f"the files of --data were measured with another {differing[0]} each: "
-                                 f"{settings[differing[0]]} and {other.get(differing[0])}; measure them together")
-        if len(builds) > 1:
-            settings = settings | {"data": data_digest(records)}
+    settings, old = measured_by(args, records), settings_of(args.out)
     if old and old["measured_by"] != settings:
-        lines = [f"  {key}: {old['measured_by'].get(key)} there, {settings.get(key)} now"
-                 for key in old["measured_by"] | settings if old["measured_by"].get(key) != settings.get(key)]
-        raise ValueError(f"{args.out} holds a build of other data or settings:\n" + "\n".join(lines)
-                         + "\ngive what it began with, or another --out")
+        before = old["measured_by"]
+        changed = [f"  {key}: {before.get(key)} there, {settings.get(key)} now"
+                   for key in before | settings if before.get(key) != settings.get(key)]
+        raise ValueError("\n".join([f"{args.out} holds a build of other data or settings:", *changed,
+                                    "give what it began with, or another --out"]))
     if not old and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
         raise ValueError(f"{args.out} is not empty and holds no build of curriculum.py; give another --out")
-    if old:
-        records = [r for r in records if r.id not in set(old["dropped"])]
-    elif unmeasured:
-        ids = {r.id for r in records}
-        for path in {args.model, filter_model or args.model}:
-            records = check_prompts(Processor(path, args.max_pixels), records, args.prompt, skip_bad=args.skip_bad)
-        records = check_golds(records, args.skip_bad)
-        old = {"dropped": sorted(ids - {r.id for r in records})}
+    dropped = set(old.get("dropped", ()))
+    if raw and not old:  # (checked once: it takes a while)
+        usable = check_golds(records, args.skip_bad)
+        for path in {args.model, args.model if args.keep_simple else args.filter_model or args.model}:
+            usable = check_prompts(Processor(path, args.max_pixels), usable, args.prompt, skip_bad=args.skip_bad)
+        dropped = {r.id for r in records} - {r.id for r in usable}
+    records = [r for r in records if r.id not in dropped]
     if args.corrections:
         read_corrections(args.corrections, records)
     args.out.mkdir(parents=True, exist_ok=True)
     part = args.out / f".settings.{os.getpid()}"
-    part.write_text(json.dumps({"measured_by": settings, "dropped": old.get("dropped", [])}, indent=1))
+    part.write_text(json.dumps({"measured_by": settings, "dropped": sorted(dropped)}, indent=1))
     os.replace(part, args.out / "settings.json")
-    return records, settings, not unmeasured
+    return records, settings
+
+
+def build(args: argparse.Namespace, records: list[Record], settings: dict) -> None:
+    """Measured records -> the pages of review, ladder.parquet, its picture and its card."""
+    unsolved = [r for r in records if r.difficulty == 1]
+    if reviewable := [r for r in unsolved if "rollouts" in r.meta]:
+        write_review(reviewable, args.out)
+    decisions = read_corrections(args.corrections, records) if args.corrections else {}
+    counts = Counter(decision for decision, _ in decisions.values())
+    reviewed = correct(records, decisions)
+    pool = low_complexity_cut(reviewed, args.low_complexity)
+    size, scarce = largest_size(np.bincount([level_of(r) for r in pool], minlength=LEVELS))
+    ladder = build_ladder(pool, args.size, args.seed)
+    unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
+    notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
+             f"Reviewed by a person: {counts.total()} golds ({counts['keep']} kept, {counts['fix']} replaced and their "
+             f"rollouts judged anew, {counts['drop']} dropped). "
+             + (f"**On the ladder are {unreviewed} problems of difficulty 1 whose golds nobody reviewed: "
+                "some will be wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
+             f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
+             f"(quantile {args.low_complexity}).",
+             f"Level {scarce} is the scarcest: without over-drawing it a ladder has {size} problems; this one has "
+             f"{len(ladder)}{f' of {args.size} asked for' if args.size else ''}, shuffled with seed {args.seed}."]
+    off = departures(stage_table(ladder), stage_sizes(args.size or size), MIXING)
+    notes += [f"Departs from the shares: {line}." for line in off] or ["No share departs by more than rounding."]
+    bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
+    save_records(str(args.out / "ladder.parquet"), bare)
+    draw(ladder, args.out / "ladder.png")
+    write_card(args.out / "README.md", ladder, settings, notes)
+    print(report(ladder), "", *notes, f"-> {args.out}", sep="\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -663,7 +548,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
     parser.add_argument("--temperature", type=float, default=1.0, help="of training")
     parser.add_argument("--max-tokens", type=int, default=8192, help="longest response, as --max-response-tokens there")
-    parser.add_argument("--max-pixels", type=int, default=2_560_000, help="area above which pictures are shrunk, as there")
+    parser.add_argument("--max-pixels", type=int, default=2_560_000, help="area above which pictures are shrunk")
     parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
     return parser.parse_args()
 
@@ -684,28 +569,25 @@ def main() -> None:
     args = parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
         dist.init_process_group("gloo", timeout=timedelta(days=365))
-    records, settings, measured = together(lambda: prepare(args))
-    notes = []
-    if not measured:
+    records, settings = together(lambda: prepare(args))
+    if raw := records[0].difficulty is None:
         options = {"rows": args.rows, "seed": args.seed, "max_pixels": args.max_pixels}
         if not args.keep_simple:
             tried = roll_out(args.out, "direct", records, args.filter_model or args.model, samples=1, temperature=0.0,
                              style="none", max_tokens=min(DIRECT_TOKENS, args.max_tokens), **options)
-            kept = {r.id for r in tried if r.difficulty > 0}
-            records = [r for r in records if r.id in kept]
+            records = [record for record, answered in zip(records, tried) if answered.difficulty > 0]
             if not records:
                 raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
                                  "--keep-simple with another --out")
         records = roll_out(args.out, "rollouts", records, args.model, samples=SAMPLES, temperature=args.temperature,
                            style=args.prompt, max_tokens=args.max_tokens, **options)
-    if dist.is_initialized():
-        rank = dist.get_rank()
+    rank, world = place()
+    if world > 1:
         dist.destroy_process_group()
-        if rank:
-            return
-    if not measured:
-        save_records(str(args.out / "measured.parquet"), records)  # a ladder of other shares can be built from it
-    build(args, records, settings)
+    if rank == 0:
+        if raw:
+            save_records(str(args.out / "measured.parquet"), records)  # ladders of other shares can be built from it
+        build(args, records, settings)
 
 
 if __name__ == "__main__":

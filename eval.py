@@ -7,6 +7,8 @@
     write_page     responses.jsonl -> one HTML file to look through, pictures inside
     plot_ladder    a ladder -> the three panels of the paper's figure
     write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
+    correct        what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
+    write_card     the card of a ladder as a data set
 
     python eval.py --model CHECKPOINT --benchmark toy
 """
@@ -18,14 +20,15 @@ import csv
 import html
 import io
 import json
+import re
 import sys
 import textwrap
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 from tqdm import tqdm
@@ -41,7 +44,7 @@ from data import (
     option_index,
     parse_number,
 )
-from rewards import check_golds, score
+from rewards import answer_matches, check_golds, score
 from rollout import best_device, load_policy, sample_groups
 
 BENCHMARKS = {"toy": str(Path(__file__).resolve().parent / "assets/toy/test.parquet")}
@@ -85,6 +88,13 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
             yield Result(record, [
                 Sample(text, s.answer, bool(s.accuracy), s.format, s.observation, len(response), cut)
                 for text, s, response, cut in zip(group.texts, scores, group.responses, group.truncated)])
+
+
+def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
+    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
+    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
+                   complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
+                   meta=record.meta | {"rollouts": rollouts})
 
 
 def mean(values) -> float | None:
@@ -180,7 +190,7 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
                                  height_ratios=[5, 3])
     shares = axes["shares"]
     shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
-    shares.plot(range(levels), paper_shares, "_", color="C0", markersize=24, label="share, paper")
+    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
     shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
                xticklabels=names)
     tokens = shares.twinx()
@@ -188,7 +198,7 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
     tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
     tokens.set(ylabel="complexity, tokens", ylim=(0, None))
     shares.legend(loc="upper left")
-    tokens.legend(loc="lower right")
+    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
 
     mix = axes["mixing"]
     own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
@@ -205,6 +215,7 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
     for level in range(levels):
         axis = axes[str(level)]
         axis.set_axis_off()
+        axis.set_anchor("N")
         at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
                           key=lambda r: (r.complexity, r.id))
         if at_level:
@@ -338,6 +349,149 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
         print(f"{path} has been edited; left as it is", file=sys.stderr)
     else:
         path.write_bytes(content)
+
+
+def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
+    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
+
+    Raises one ValueError that names every row that cannot be used, by line, with what to do.
+    """
+    known = {record.id: record for record in records}
+    decisions: dict[str, tuple[str, Record | None]] = {}
+    bad = []
+
+    def decide(row: dict) -> None:
+        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
+        decision = decision.lower()
+        if not decision and not gold:
+            return
+        if row_id not in known:
+            raise ValueError(f"the data has no record {row_id!r}; write the id as it was: spreadsheets change some")
+        if row_id in decisions:
+            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
+        if decision not in ("keep", "drop", "fix"):
+            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
+        if bool(gold) != (decision == "fix"):
+            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
+                             "fix with a new_gold")
+        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
+
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
+    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
+        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
+    for row in table:
+        try:
+            decide(row)
+        except ValueError as error:
+            bad.append(f"line {table.line_num}: {error}")
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
+    return decisions
+
+
+def with_gold(record: Record, gold: str) -> Record:
+    """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
+    try:
+        return check_golds([replace(record, answer=gold)])[0]
+    except ValueError as error:
+        try:
+            return check_golds([replace(record, answer=gold, answer_type="")])[0]
+        except ValueError:
+            raise error from None
+
+
+def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
+    """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
+    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
+    """
+    corrected = []
+    for record in records:
+        decision, fixed = decisions.get(record.id, ("", None))
+        if fixed is not None:
+            if "rollouts" not in record.meta:
+                raise ValueError(f"record {record.id}: its rollouts' answers are not known, so a new gold cannot be "
+                                 "judged; give the corrections to the build that measured it")
+            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
+                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
+                for r in record.meta["rollouts"]])
+        if decision != "drop":
+            corrected.append(record)
+    return corrected
+
+
+# --- the card of a ladder ----------------------------------------------------------------------------------------------
+
+LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
+            "mathv360k": "none given"}  # as their authors publish them
+HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
+
+
+def licence(source: str) -> str:
+    name = re.sub(r"[^a-z0-9]", "", source.lower())
+    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
+
+
+def write_card(path: Path, ladder: list[Record], settings: dict, notes: list[str]) -> None:
+    """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
+
+    settings: what measured the problems; notes: how the ladder was built and where it departs from the shares.
+    """
+    licences = {licence(r.source) for r in ladder}
+    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
+    size = next((f"{low}<n<{high}" for low, high, limit in (
+        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
+        "n>1M").removeprefix("<")
+    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
+    path.write_text(f"""---
+pretty_name: A NeuraLadder
+license: {name}
+task_categories:
+- image-text-to-text
+tags:
+- curriculum
+- reasoning
+- reinforcement-learning
+size_categories:
+- {size}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: ladder.parquet
+---
+# A ladder of {len(ladder)} problems
+
+Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
+2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {SAMPLES} responses of the model below,
+`complexity` their mean length in tokens; each stage is mixed from a window of five difficulty levels.
+
+![shares and complexity by level, mixing by stage, examples](ladder.png)
+
+    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
+    torchrun train.py --data FOLDER
+
+TRL and EasyR1 find pictures in `images` and the gold in `answer`; the options of a multiple choice are in `choices`,
+not in `question`.
+
+## What is on it
+
+{report(ladder)}
+
+## How it was built
+
+{chr(10).join(f"- {note}" for note in notes)}
+
+## How it was measured
+
+| setting | value |
+|---|---|
+{measured}
+""", encoding="utf-8")
 
 
 def main() -> None:
