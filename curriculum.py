@@ -147,9 +147,10 @@ def roll_out(folder: Path, name: str, records: list[Record], model_path: str, *,
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")  # the last run was killed inside a line
             for turn, i in enumerate(todo[rank::world], 1):
-                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity, "rollouts": r.meta["rollouts"]}
-                           for r in measure(model, processor, chunks[i], samples=samples, seed=seed + i * size,
-                                            max_rows=rows, **sampling)]
+                measured = measure(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
+                                   **sampling)
+                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity,
+                            "rollouts": r.meta["rollouts"]} for r in measured]
                 file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -506,15 +507,15 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     if reviewable := [r for r in unsolved if "rollouts" in r.meta]:
         write_review(reviewable, args.out)
     decisions = read_corrections(args.corrections, records) if args.corrections else {}
-    counts = Counter(decision for decision, _ in decisions.values())
+    decided = Counter(decision for decision, _ in decisions.values())
     reviewed = correct(records, decisions)
     pool = low_complexity_cut(reviewed, args.low_complexity)
     size, scarce = largest_size(np.bincount([level_of(r) for r in pool], minlength=LEVELS))
     ladder = build_ladder(pool, args.size, args.seed)
     unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
     notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
-             f"Reviewed by a person: {counts.total()} golds ({counts['keep']} kept, {counts['fix']} replaced and their "
-             f"rollouts judged anew, {counts['drop']} dropped). "
+             f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and their "
+             f"rollouts judged anew, {decided['drop']} dropped). "
              + (f"**On the ladder are {unreviewed} problems of difficulty 1 whose golds nobody reviewed: "
                 "some will be wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
@@ -523,11 +524,12 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
              f"{len(ladder)}{f' of {args.size} asked for' if args.size else ''}, shuffled with seed {args.seed}."]
     off = departures(stage_table(ladder), stage_sizes(args.size or size), MIXING)
     notes += [f"Departs from the shares: {line}." for line in off] or ["No share departs by more than rounding."]
+    counts = report(ladder)
     bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
     save_records(str(args.out / "ladder.parquet"), bare)
     draw(ladder, args.out / "ladder.png")
-    write_card(args.out / "README.md", ladder, settings, notes)
-    print(report(ladder), "", *notes, f"-> {args.out}", sep="\n")
+    write_card(args.out / "README.md", ladder, counts, settings, notes)
+    print(counts, "", *notes, f"-> {args.out}", sep="\n")
 
 
 def parse_args() -> argparse.Namespace:

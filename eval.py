@@ -424,7 +424,7 @@ def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None
     return corrected
 
 
-# --- the card of a ladder ----------------------------------------------------------------------------------------------
+# --- the card of a ladder ---------------------------------------------------------------------------------------------
 
 LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
             "mathv360k": "none given"}  # as their authors publish them
@@ -436,10 +436,11 @@ def licence(source: str) -> str:
     return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
 
 
-def write_card(path: Path, ladder: list[Record], settings: dict, notes: list[str]) -> None:
+def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, notes: list[str]) -> None:
     """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
 
-    settings: what measured the problems; notes: how the ladder was built and where it departs from the shares.
+    counts: tables by level, stage and source; settings: what measured the problems; notes: how the ladder was built,
+    and where it departs from the shares.
     """
     licences = {licence(r.source) for r in ladder}
     name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
@@ -467,7 +468,7 @@ configs:
 # A ladder of {len(ladder)} problems
 
 Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
-2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {SAMPLES} responses of the model below,
+2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")} responses of the model below,
 `complexity` their mean length in tokens; each stage is mixed from a window of five difficulty levels.
 
 ![shares and complexity by level, mixing by stage, examples](ladder.png)
@@ -480,7 +481,7 @@ not in `question`.
 
 ## What is on it
 
-{report(ladder)}
+{counts}
 
 ## How it was built
 
