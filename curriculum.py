@@ -510,18 +510,20 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     decided = Counter(decision for decision, _ in decisions.values())
     reviewed = correct(records, decisions)
     pool = low_complexity_cut(reviewed, args.low_complexity)
-    size, scarce = largest_size(np.bincount([level_of(r) for r in pool], minlength=LEVELS))
+    supply = np.bincount([level_of(r) for r in pool], minlength=LEVELS)
+    size, scarce = largest_size(supply)
     ladder = build_ladder(pool, args.size, args.seed)
     unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
     notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
-             f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and their "
-             f"rollouts judged anew, {decided['drop']} dropped). "
-             + (f"**On the ladder are {unreviewed} problems of difficulty 1 whose golds nobody reviewed: "
-                "some will be wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
+             f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and "
+             f"the rollouts judged anew, {decided['drop']} dropped). " + (
+                 f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some will be "
+                 "wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
              f"(quantile {args.low_complexity}).",
-             f"Level {scarce} is the scarcest: without over-drawing it a ladder has {size} problems; this one has "
+             f"Level {scarce} is the scarcest: a ladder that over-draws no level has {size} problems; this one has "
              f"{len(ladder)}{f' of {args.size} asked for' if args.size else ''}, shuffled with seed {args.seed}."]
+    notes += [f"There is no problem of level {level}." for level in np.flatnonzero(supply == 0)]
     off = departures(stage_table(ladder), stage_sizes(args.size or size), MIXING)
     notes += [f"Departs from the shares: {line}." for line in off] or ["No share departs by more than rounding."]
     counts = report(ladder)
@@ -561,7 +563,7 @@ def show(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("ladder.png"))
     args = parser.parse_args(argv)
     ladder = load_records(args.ladder)
-    print(report(ladder), *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
+    print(report(ladder), "", *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
     draw(ladder, args.out)
 
 

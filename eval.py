@@ -468,8 +468,9 @@ configs:
 # A ladder of {len(ladder)} problems
 
 Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
-2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")} responses of the model below,
-`complexity` their mean length in tokens; each stage is mixed from a window of five difficulty levels.
+2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")}
+responses of the model below, `complexity` their mean length in tokens; each stage is mixed from a window of five
+difficulty levels.
 
 ![shares and complexity by level, mixing by stage, examples](ladder.png)
 

@@ -1,15 +1,43 @@
 """The ladder and the order of training: shares, nothing twice, and the same batches after a stop."""
 from __future__ import annotations
 
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT, TOY
+from PIL import Image
 
-from curriculum import MIXING, STAGE_SHARES, Curriculum, allot, build_ladder, level_of, measure
-from data import Record
+import curriculum
+from curriculum import (
+    MIXING,
+    PAPER_SHARES,
+    STAGE_SHARES,
+    Curriculum,
+    allot,
+    build_ladder,
+    departures,
+    level_of,
+    low_complexity_cut,
+    measure,
+    parse_args,
+    prepare,
+)
+from data import Record, load_records, save_records
+from eval import evaluate, with_rollouts
 from rewards import accuracy_reward
 from rollout import sample_groups
-
-PAPER_SHARES = np.array([.015, .035, .05, .075, .135, .15, .15, .20, .19])
+from train import Config
 
 
 def measured(per_level: list[int], seed: int = 0) -> list[Record]:
@@ -110,6 +138,281 @@ def test_measure_counts_its_own_rollouts(shipped, processor, test_set):
     for record, group in zip(got, groups):
         assert record.difficulty == 1 - sum(accuracy_reward(t, record) for t in group.texts) / 8
         assert record.complexity == sum(len(r) for r in group.responses) / 8
+
+
+def test_departures_are_named_and_rounding_is_none():
+    ladder = build_ladder(measured([400] * 9), size=1500)
+    sizes = curriculum.stage_sizes(1500)
+    assert sizes.sum() == 1500 and departures(counts(ladder), sizes, MIXING) == []
+    table = counts(ladder)
+    table[3, 3] -= 5
+    [line] = departures(table, sizes, MIXING)
+    assert line.startswith("stage 3: 5 problems short of") and "level 3" in line
+
+
+def test_low_complexity_cut_takes_the_shortest_of_level_0_only():
+    """A cut over all levels, or one that reads the input's order, would take others."""
+    records = [Record(f"{d}-{i}", "?", "1", difficulty=d, complexity=float(i)) for d in (0.0, 0.5) for i in range(10)]
+    left = low_complexity_cut(records[::-1], 0.25)
+    assert {r.id for r in records} - {r.id for r in left} == {"0.0-0", "0.0-1", "0.0-2"}
+    assert low_complexity_cut(records, 0) == records and low_complexity_cut(records[10:], 0.5) == records[10:]
+
+
+# --- from records to a ladder, by the commands -----------------------------------------------------------------------
+
+MODEL = str(TOY / "model")
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Run curriculum.py with these arguments, in this process (a new one takes seconds to import torch)."""
+    def run(*arguments, call=curriculum.main):
+        monkeypatch.setattr(sys, "argv", ["curriculum.py", *map(str, arguments)])
+        return call()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def raw(test_set, tmp_path_factory) -> Path:
+    """24 problems, unmeasured."""
+    path = tmp_path_factory.mktemp("raw") / "raw.parquet"
+    save_records(str(path), [replace(r, difficulty=None, complexity=None) for r in test_set[:24]])
+    return path
+
+
+def rollouts(answers: list[str | None], gold: str, tokens: int = 20) -> list[dict]:
+    return [{"answer": a, "correct": a == gold, "tokens": tokens} for a in answers]
+
+
+@pytest.fixture
+def pool(tmp_path) -> Path:
+    """270 measured problems with the answers of their rollouts, 30 to a level; 7 of the 8 of the hardest say 5."""
+    def one(level: int, i: int) -> Record:
+        record = Record(f"{level}-{i:02d}", "How many?", "3", (Image.new("RGB", (8, 8), "red"),), source="We-Math")
+        return with_rollouts(record, rollouts(["3"] * (8 - level) + ["5"] * (level - 1) + ["7"] * (level > 0), "3",
+                                              tokens=20 + i))
+    path = tmp_path / "measured" / "measured.parquet"
+    save_records(str(path), [one(level, i) for level in range(9) for i in range(30)])
+    return path
+
+
+def test_a_killed_build_goes_on_with_other_processes_and_gives_the_same_ladder(command, raw, tmp_path):
+    """The heart of the builder: hours of rollouts survive SIGKILL, a line cut in two, and another number of processes.
+
+    Fails when chunks depend on the processes or on what is done, when seeds do, or when a half line swallows the next.
+    """
+    options = ["--data", str(raw), "--model", MODEL, "--max-tokens", "160", "--rows", "32", "--keep-simple"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes have
+    command(*options, "--out", tmp_path / "whole")
+    torch.set_num_threads(threads)
+
+    out, log = tmp_path / "killed", tmp_path / "killed" / "rollouts-0.jsonl"
+    options += ["--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, "curriculum.py", *options], cwd=ROOT, env=environment,
+                           stderr=subprocess.DEVNULL, start_new_session=True)
+    while run.poll() is None and not (log.exists() and log.read_bytes().count(b"\n")):
+        time.sleep(.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert 1 <= log.read_bytes().count(b"\n") < 6 and not (out / "ladder.parquet").exists()
+    with open(log, "ab") as file:
+        file.write(b'{"chunk": 5, "results": [{"id": "te')
+    before = log.read_bytes()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
+                           "c10d", "--rdzv-endpoint", "localhost:0", "curriculum.py", *options], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    for name in ("measured.parquet", "ladder.parquet", "review.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert log.read_bytes().startswith(before), "what was on disk stays"
+    lines = [line for file in out.glob("rollouts-*.jsonl") for line in file.read_bytes().splitlines()]
+    chunks = [json.loads(line)["chunk"] for line in lines if line.endswith(b"]}")]
+    assert sorted(chunks) == list(range(6)) and len(lines) == 7, "nothing is done twice"
+    assert (out / "rollouts-1.jsonl").read_bytes().count(b"\n") >= 1, "both processes worked"
+
+
+def test_a_finished_build_is_not_measured_again(command, raw, tmp_path, monkeypatch):
+    """The same command with other shares or corrections must take seconds: no model is even loaded."""
+    options = ["--data", raw, "--model", MODEL, "--max-tokens", "20", "--keep-simple", "--limit", 4, "--size", 2,
+               "--out", tmp_path / "out"]
+    command(*options)
+    monkeypatch.setattr(curriculum, "load_policy", None)
+    command(*options, "--size", 3)
+    assert len(load_records(str(tmp_path / "out"))) == 3
+    assert len(load_records(str(tmp_path / "out" / "measured.parquet"))) == 4
+
+
+def test_the_filter_drops_what_is_right_at_once(command, raw, shipped, processor, tmp_path):
+    """Greedy, without reasoning; a wrong style or a temperature would drop others."""
+    records = sorted(load_records(str(raw)), key=lambda r: r.id)
+    tried = list(evaluate(shipped, processor, records, style="none", temperature=0, samples=1, max_tokens=128))
+    hard = {t.record.id for t in tried if not t.samples[0].correct}
+    assert 0 < len(hard) < len(records)
+    command("--data", raw, "--model", MODEL, "--max-tokens", "160", "--out", tmp_path / "out", "--size", 2)
+    assert {r.id for r in load_records(str(tmp_path / "out" / "measured.parquet"))} == hard
+
+
+def test_a_ladder_of_measured_data_is_the_same_for_any_order_of_it(command, pool, tmp_path):
+    backwards = tmp_path / "backwards.parquet"
+    save_records(str(backwards), list(load_records(str(pool)))[::-1])
+    for name, data, seed in (("a", pool, 1), ("b", backwards, 1), ("c", pool, 2)):
+        command("--data", data, "--out", tmp_path / name, "--seed", seed)
+    ladders = [(tmp_path / name / "ladder.parquet").read_bytes() for name in "abc"]
+    assert ladders[0] == ladders[1] != ladders[2]
+
+
+def test_the_folder_loads_in_datasets_and_the_card_tells_all(command, pool, tmp_path, capsys):
+    """Without its front matter `datasets` would mix measured.parquet into the train split."""
+    import datasets
+
+    (pool.parent / "settings.json").write_text(json.dumps({"measured_by": {"model": "tiny (0123)", "samples": 8}}))
+    out = pool.parent  # a folder with measured.parquet inside
+    command("--data", pool, "--out", out, "--size", 170)
+    ladder = load_records(str(out))
+    table = datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert set(table) == {"train"} and table["train"]["id"][:] == [r.id for r in ladder] and len(ladder) == 170
+    assert table["train"].features["images"].feature == datasets.Image() and ladder[0].images
+    assert all("rollouts" not in r.meta for r in ladder)
+    card = (out / "README.md").read_text()
+    unreviewed = sum(r.difficulty == 1 for r in ladder)
+    for part in ("license: cc-by-nc-4.0", "| We-Math | 170 | CC BY-NC 4.0 |", "| model | tiny (0123) |",
+                 f"Nobody reviewed the golds of {unreviewed} problems of difficulty 1", "of 170 asked for"):
+        assert part in card, part
+    said = re.findall("^ladder: (.*)$", capsys.readouterr().err, re.MULTILINE)
+    assert said and said == re.findall(r"^- Departs from the shares: (.*)\.$", card, re.MULTILINE)
+    command("show", out / "ladder.parquet", "--out", tmp_path / "shown.png")
+    shown = capsys.readouterr().out
+    assert "| 1.000 | " in shown and shown.split("\n\n")[0] in card
+    assert (tmp_path / "shown.png").read_bytes().startswith(b"\x89PNG") and (out / "ladder.png").exists()
+
+
+def edit(path: Path, decisions: dict[str, tuple[str, str]], delimiter: str = ",") -> None:
+    """Fill in the decisions, as a person with a spreadsheet does."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["decision"], row["new_gold"] = decisions.get(row["id"], ("", ""))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_corrections_join_the_ladder_and_a_new_gold_judges_the_rollouts_anew(command, pool, tmp_path, monkeypatch):
+    """A new gold whose record kept difficulty 1 would stand on the wrong stage."""
+    out, given = tmp_path / "out", {}
+    command("--data", pool, "--out", out)
+    review = out / "review.csv"
+    edit(review, {"8-00": ("fix", "5"), "8-01": ("Drop", ""), "8-02": ("keep", ""), "8-03": ("fix", "x + 1")}, ";")
+    edited = review.read_bytes()
+    monkeypatch.setattr(curriculum, "build_ladder", lambda records, *options: given.update(
+        {r.id: r for r in records}) or build_ladder(records, *options))
+    command("--data", pool, "--out", out, "--corrections", review)
+    assert review.read_bytes() == edited, "a person's work is never written over"
+    assert given["8-00"].answer == "5" and given["8-00"].difficulty == 1 / 8
+    assert "8-01" not in given and given["8-02"].difficulty == given["8-03"].difficulty == 1
+    assert given["8-03"].answer_type == "math" and given["8-04"].answer == "3", "an undecided row stays"
+    ladder = load_records(str(out))
+    unreviewed = sum(r.difficulty == 1 and r.id not in ("8-02", "8-03") for r in ladder)
+    card = (out / "README.md").read_text()
+    assert "4 golds (1 kept, 2 replaced" in card and f"golds of {unreviewed} problems of difficulty 1" in card
+
+
+def test_bad_corrections_are_refused_by_line(command, pool, tmp_path):
+    out = tmp_path / "out"
+    command("--data", pool, "--out", out)
+    review = out / "review.csv"
+    lines = review.read_text("utf-8-sig").splitlines()
+
+    def refused(row: str, message: str) -> None:
+        review.write_text("\n".join([*lines[:2], row, *lines[3:]]))
+        with pytest.raises(ValueError, match=message):
+            command("--data", pool, "--out", out, "--corrections", review)
+
+    refused("8-01,?,3,5,7 of 8,kep,", "line 3: its decision is 'kep'; write keep, drop or fix")
+    refused("8-99,?,3,5,7 of 8,keep,", "line 3: the data has no record '8-99'")
+    refused("8-01,?,3,5,7 of 8,fix,", "line 3: .* fix with a new_gold")
+    refused("8-01,?,3,5,7 of 8,keep,5", "line 3: .* a new_gold goes with fix")
+    refused("8-01,?,3,5,7 of 8,,5", "line 3: its decision is ''")
+    refused("8-01,?,3,5,7 of 8,fix,...", "line 3: record 8-01: its answer is empty")
+    refused("8-01,?,3,5,7 of 8,keep,\n8-01,?,3,5,7 of 8,drop,", "line 4: record '8-01' is decided twice")
+    review.write_text("id,gold\n1,2\n")
+    with pytest.raises(ValueError, match="no column decision, new_gold"):
+        command("--data", pool, "--out", out, "--corrections", review)
+
+
+def test_another_build_is_not_gone_on_with(command, raw, tmp_path, test_set):
+    """Rollouts of two settings, models or data sets in one ladder would make its difficulties mean nothing."""
+    out, other = tmp_path / "out", tmp_path / "other"
+
+    def check(*arguments, data=raw, model=MODEL):
+        return command("--data", data, "--model", model, "--out", out, "--limit", 2, *arguments,
+                       call=lambda: prepare(parse_args()))
+
+    records, settings = check()
+    assert len(records) == 2 and json.loads((out / "settings.json").read_text())["measured_by"] == settings
+    assert check("--size", 1, "--low-complexity", 0) == (records, settings), "what comes after measuring may change"
+    with pytest.raises(ValueError, match="temperature: 1.0 there, 0.5 now\n.*another --out"):
+        check("--temperature", .5)
+    with pytest.raises(ValueError, match="simple-question filter: model .* there, off now"):
+        check("--keep-simple")
+    changed = replace(records[0], images=(Image.new("RGB", (28, 28), "red"),))
+    save_records(str(other / "raw.parquet"), [changed, records[1]])
+    with pytest.raises(ValueError, match="data: 2 problems .* there, 2 problems"):
+        check(data=other / "raw.parquet")
+    for file in (TOY / "model").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="model: model .* there, other"):
+        check(model=other)
+    (other / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="other is not empty and holds no build"):
+        command("--data", raw, "--model", MODEL, "--out", other)
+    assert (other / "config.json").exists()
+
+
+def test_data_that_cannot_make_a_ladder_is_refused_before_hours_are_lost(command, raw, pool, tmp_path):
+    def refused(message: str, *arguments) -> None:
+        with pytest.raises(ValueError, match=message):
+            command(*arguments, "--out", tmp_path / "out", call=lambda: prepare(parse_args()))
+        assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+    refused("give the --model", "--data", raw)
+    refused("270 records are measured and 24 are not, such as test-", "--data", raw, pool, "--model", MODEL)
+    twin = tmp_path / "twin.parquet"
+    twin.write_bytes(raw.read_bytes())
+    refused("twin.parquet: the id 'test-.*' stands in .*raw.parquet too", "--data", raw, twin, "--model", MODEL)
+    refused("no Qwen|not a Qwen", "--data", raw, "--model", tmp_path)
+    refused("--temperature 0.0 is too small", "--data", raw, "--model", MODEL, "--temperature", 0)
+    refused("--low-complexity 1.0 is no quantile", "--data", pool, "--low-complexity", 1)
+    with pytest.raises(ValueError, match="would write over the ladder"):
+        command("--data", TOY / "ladder", "--out", TOY / "ladder")
+    broken = replace(load_records(str(raw))[0], id="broken", images=(b"no picture",))
+    save_records(str(tmp_path / "broken.parquet"), [broken, *load_records(str(raw))[1:3]])
+    refused("record broken: cannot use its picture", "--data", tmp_path / "broken.parquet", "--model", MODEL)
+    records, _ = command("--data", tmp_path / "broken.parquet", "--model", MODEL, "--skip-bad", "--out",
+                         tmp_path / "out", call=lambda: prepare(parse_args()))
+    assert len(records) == 2
+
+
+def test_files_measured_with_different_settings_do_not_mix(command, pool, tmp_path):
+    for name, model in (("a", "one"), ("b", "two")):
+        half = [r for r in load_records(str(pool)) if r.id.endswith(("5", "0")) == (name == "a")]
+        save_records(str(tmp_path / name / "measured.parquet"), half)
+        (tmp_path / name / "settings.json").write_text(json.dumps({"measured_by": {"data": name, "model": model}}))
+    both = ["--data", tmp_path / "a/measured.parquet", tmp_path / "b/measured.parquet", "--out", tmp_path / "out"]
+    with pytest.raises(ValueError, match="different settings, model one and two"):
+        command(*both)
+
+
+def test_what_measures_is_what_trains(command):
+    """Difficulty is the model's own at training: other defaults here would measure another policy."""
+    args, train = command("--data", "x", "--out", "y", call=parse_args), Config()
+    assert (args.prompt, args.temperature, args.max_tokens, args.max_pixels) == (
+        train.prompt, train.temperature, train.max_response_tokens, train.max_pixels)
 
 
 # --- the order of training -------------------------------------------------------------------------------------------
