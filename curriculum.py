@@ -44,16 +44,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import MAX_ANSWER, PROMPTS, Processor, Record, check_prompts, load_records, open_image, save_records, settle
-from eval import (
-    correct,
-    evaluate,
-    licence,
-    plot_ladder,
-    read_corrections,
-    with_rollouts,
-    write_card,
-    write_review,
-)
+from eval import correct, evaluate, licence, plot_ladder, read_corrections, with_rollouts, write_card, write_review
 from rewards import check_golds
 from rollout import load_policy
 
@@ -184,9 +175,14 @@ def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, 
 # --- the ladder -------------------------------------------------------------------------------------------------------
 
 
+def is_raw(record: Record) -> bool:
+    """Was it never measured?"""
+    return record.difficulty is None or record.complexity is None
+
+
 def level_of(record: Record) -> int:
     """Difficulty level 0 .. 8. Raises ValueError for a record that was never measured."""
-    if record.difficulty is None or record.complexity is None:
+    if is_raw(record):
         raise ValueError(f"record {record.id} has no difficulty and complexity; measure it first: "
                          "torchrun curriculum.py --data FILE --model MODEL --out ladder/")
     return round(record.difficulty * (LEVELS - 1))
@@ -431,7 +427,7 @@ def data_digest(records: list[Record]) -> str:
 
 def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
     """What the records are to be measured by; where they are measured, what a settings.json beside their file tells."""
-    if records[0].difficulty is None:
+    if is_raw(records[0]):
         model = args.filter_model or args.model
         return {"data": data_digest(records), "model": model_digest(args.model),
                 "simple-question filter": "off" if args.keep_simple else model_digest(model), "samples": SAMPLES,
@@ -470,7 +466,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
         raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
                          "or give another --out")
     records = load_all(args.data, args.limit, args.skip_bad)
-    raw = [r for r in records if r.difficulty is None or r.complexity is None]
+    raw = [r for r in records if is_raw(r)]
     if raw and len(raw) < len(records):
         raise ValueError(f"{len(records) - len(raw)} records are measured and {len(raw)} are not, such as {raw[0].id}; "
                          "build from the measured ones alone, or take difficulty and complexity out of all")
@@ -488,7 +484,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     dropped = set(old.get("dropped", ()))
     if raw and not old:  # (checked once: it takes a while)
         usable = check_golds(records, args.skip_bad)
-        for path in {args.model, args.model if args.keep_simple else args.filter_model or args.model}:
+        for path in sorted({args.model, args.model if args.keep_simple else args.filter_model or args.model}):
             usable = check_prompts(Processor(path, args.max_pixels), usable, args.prompt, skip_bad=args.skip_bad)
         dropped = {r.id for r in records} - {r.id for r in usable}
     records = [r for r in records if r.id not in dropped]
@@ -574,7 +570,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
         dist.init_process_group("gloo", timeout=timedelta(days=365))
     records, settings = together(lambda: prepare(args))
-    if raw := records[0].difficulty is None:
+    if raw := is_raw(records[0]):
         options = {"rows": args.rows, "seed": args.seed, "max_pixels": args.max_pixels}
         if not args.keep_simple:
             tried = roll_out(args.out, "direct", records, args.filter_model or args.model, samples=1, temperature=0.0,
@@ -599,3 +595,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")
