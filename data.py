@@ -763,11 +763,11 @@ LETTER = re.compile(r"\s*\(?([A-J])\)?(?![\w'])(?!\s*(?:,|and|or|&)\s*\(?[A-J]\b
 
 
 def _inline_choice(text: str, answer) -> dict:
-    """Fields of a problem whose options stand in its text; they stay there when they cannot be told."""
+    """Fields of a problem whose options stand in its text; they stay there when they, or the gold's, cannot be told."""
     stem, choices = split_options(text)
     letter = LETTER.match(str(answer or ""))
-    if not letter or ascii_uppercase.index(letter[1]) >= len(choices):
-        stem, choices = text, ()
+    if letter and letter[1] not in ascii_uppercase[:len(choices)] and re.search(rf"\b{letter[1]}\b", text):
+        stem, choices = text, ()  # (a gold E where there is no E anywhere is refused by Record)
     stem = re.sub(r"\s*\b(?:Options|Choices)\s*:\s*$", "", stem)
     return {"question": stem.strip(), "choices": choices, "answer": letter[1] if letter else answer,
             "answer_type": "choice"}
@@ -808,8 +808,7 @@ def _polymath(row: dict) -> dict:
 def _scemqa(row: dict) -> dict:
     """Rows as read_scemqa flattens them: their subject and number in it added."""
     answer = row.get("Answer (final answer highlighted)", "")
-    golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}|\\anser\{([^{}]*)\}", answer)
-             for gold in gold if gold.strip()]
+    golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", answer)]  # (one \anser)
     free = row["subject"].endswith("Free_Response")
     fields = ({"question": row["Question"].strip(), "answer": golds if len(golds) > 1 else golds[0] if golds else None}
               if free else _inline_choice(row["Question"], answer))
