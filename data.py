@@ -869,7 +869,7 @@ def read_mathv360k(path: str) -> Iterator[Record | Dropped]:
         if labels[question] is None:
             return Dropped("", "conflicting labels", f"{fields['answer']!r} here, another answer elsewhere")
         del labels[question]
-        if not fields["choices"] and len(fields["answer"].split()) > 3 and parse_number(fields["answer"]) is None:
+        if not fields["choices"] and len(fields["answer"].split()) > 3 and not split_number(fields["answer"]):
             return Dropped("", "free text", f"{fields['answer'][:80]!r} can be said in other words")
         return fields
 

@@ -21,8 +21,20 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from data import BENCHMARKS, SOURCES, Dropped, Picture, Record, load_records, open_image, read_held, save_records
-from data import same_picture, save_usable, split_options
+from data import (
+    BENCHMARKS,
+    SOURCES,
+    Dropped,
+    Picture,
+    Record,
+    load_records,
+    open_image,
+    read_held,
+    same_picture,
+    save_records,
+    save_usable,
+    split_options,
+)
 from rewards import accuracy_reward, check_golds
 
 
@@ -147,7 +159,8 @@ def test_wemath(tmp_path):
     options = "A. 45°; B. 60°; C. 75°; D. No correct answer"
     rows = [wemath_row("2steps_1", "2steps_1", options, "B"), wemath_row("2steps_1", "2steps_multi", options, "C"),
             wemath_row("3steps_2", "3steps_1", options + "; E. 90°", "E"),
-            wemath_row("3steps_3", "3steps_1", "A. 45° B.; C. 60°", "B"), wemath_row("3steps_4", "3steps_1", options, "F")]
+            wemath_row("3steps_3", "3steps_1", "A. 45° B.; C. 60°", "B"),
+            wemath_row("3steps_4", "3steps_1", options, "F")]
     found = told(list(SOURCES["wemath"](hub_file(tmp_path, "testmini-00000-of-00001", rows))))
     assert list(found)[:2] == ["wemath-2steps_1@2steps_1", "wemath-2steps_1@2steps_multi"]  # ID alone repeats
     one = found["wemath-2steps_1@2steps_1"]
@@ -163,8 +176,9 @@ def test_wemath(tmp_path):
 def test_polymath(tmp_path):
     rows = [{"image": PICTURE, "category": "spatial", "answer_option": option, "final_answer_range": span,
              "final_answer": gold}
-            for option, span, gold in [("A, B, C, D", "A-D", "C"), ("1,2,3,4", "1-4", "2"), ("A, B, C, D", "A-D", "[A, C]"),
-                                       ("A-D", "1,2,3,4", "3"), ("A-D", "A-D", None), ("A-D", "A-D", "see figure")]]
+            for option, span, gold in [
+                ("A, B, C, D", "A-D", "C"), ("1,2,3,4", "1-4", "2"), ("A, B, C, D", "A-D", "[A, C]"),
+                ("A-D", "1,2,3,4", "3"), ("A-D", "A-D", None), ("A-D", "A-D", "see figure")]]
     found = told(list(SOURCES["polymath"](hub_file(tmp_path, "test-00000-of-00001", rows))))
     letter, digit, several, spelled, null, odd = found.values()
     assert list(found)[0] == "polymath-1"
@@ -191,12 +205,13 @@ def test_scemqa(tmp_path):
     free = {"Physics_Free_Response": [
         {"Question": "How far?", gold: text, "ImagePath": "Physics_Free_Response/1"}
         for text in (r"\answer{69.5} The height", r"\anser{0.39} m", r"\answer{3.397} \answer{3} \answer{4} or so",
-                     r"\answer{33.31%}", r"\answer{4.9e-8}", r"\answer{5/21}", r"\answer{Yes}", r"\answer{$\frac{1}{2}$}",
-                     "No mark")]}
+                     r"\answer{33.31%}", r"\answer{4.9e-8}", r"\answer{5/21}", r"\answer{Yes}",
+                     r"\answer{$\frac{1}{2}$}", "No mark")]}
     for kind, name, rows in (("Multiple_Choice", "multiple_choice", choice), ("Free_Response", "free_response", free)):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / f"{name}.json").write_text(json.dumps(rows))
-    for path in ("Multiple_Choice/Math/1.jpg", "Multiple_Choice/Math/2.png", "Free_Response/Physics_Free_Response/1.jpg"):
+    for path in ("Multiple_Choice/Math/1.jpg", "Multiple_Choice/Math/2.png",
+                 "Free_Response/Physics_Free_Response/1.jpg"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(png())
     found = told(list(SOURCES["scemqa"](str(tmp_path))))
@@ -216,7 +231,7 @@ def mathv360k_row(human: str, gpt: str, image: str = "ScienceQA/images/1.png") -
 
 
 def test_mathv360k(tmp_path):
-    hint = "<image>\nHint: Please answer and provide the correct option letter, e.g., A, B, C, D, at the end.\nQuestion: "
+    hint = "<image>\nHint: Please provide the correct option letter, e.g., A, B, C, D, at the end.\nQuestion: "
     rows = [mathv360k_row(hint + "Which is red?\nChoices:\n(A) the cat\n(B) the dog (left)", "The answer is B"),
             mathv360k_row(hint + "How many?", "The answer is 12."),
             mathv360k_row("<image>\nWhat is it?", "It shows a man who walks along a river."),
@@ -278,7 +293,8 @@ def mathvista_row(number: int, **more) -> dict:
 
 
 def test_mathvista(tmp_path):
-    choices = {"question_type": "multi_choice", "answer_type": "text", "query": "Hint: x\nQuestion: Which?\nChoices:\n(A) C"}
+    choices = {"question_type": "multi_choice", "answer_type": "text",
+               "query": "Hint: x\nQuestion: Which?\nChoices:\n(A) C"}
     rows = [mathvista_row(1), mathvista_row(2, answer="1.2", answer_type="float", precision=1.0),
             mathvista_row(3, answer="[2013, 2014]", answer_type="list"),
             mathvista_row(4, answer="A", choices=["C", "B", "A"], **choices),  # the gold is the choice's TEXT: option C
@@ -300,7 +316,8 @@ def test_mathverse(tmp_path):
     multi = "multi-choice"
     rows = [{"sample_index": str(i), "problem_index": "1", "problem_version": version, "question": question,
              "image": PICTURE, "answer": answer, "question_type": kind, "query_wo": "...", "query_cot": "...",
-             "question_for_eval": "...", "metadata": {"split": "testmini", "subject": "Plane Geometry", "subfield": "Angle"}}
+             "question_for_eval": "...",
+             "metadata": {"split": "testmini", "source": "x", "subject": "Plane Geometry", "subfield": "Angle"}}
             for i, (version, question, answer, kind) in enumerate([
                 ("Text Dominant", "What is angle A?\nChoices:\nA:40°\nB:48°\nC:60°", "(C)", multi),
                 ("Vision Only", "", "B", multi), ("Text Lite", "Area?", r"Area $=9 \pi \mathrm{cm}^{2}$", "free-form"),
@@ -321,8 +338,9 @@ def test_mmmu(tmp_path):
         return {"id": identity, "question": question, "options": options, "answer": answer, "question_type": kind,
                 "subfield": "Painting", "topic_difficulty": "Easy", "explanation": "?", "img_type": "[]"} | images
 
+    nine = "['a', \"it's\", 'c', 'd', 'e', 'f', 'g', 'h', 'i']"
     rows = [row("validation_Art_1", "Which? <image 1>", "['<image 3>', '<image 2>']", "B", ["red", "lime", "blue"]),
-            row("validation_Art_Theory_2", "How many?", "['a', \"it's\", 'c', 'd', 'e', 'f', 'g', 'h', 'i']", "I", ["red"]),
+            row("validation_Art_Theory_2", "How many?", nine, "I", ["red"]),
             row("validation_Math_3", "In <image 1>?", "[]", "['24/7', '3.429']", ["red"], "open"),
             row("validation_Math_4", "In <image 1> and <image 2>?", "[]", "[1, 2", ["red"], "open"),
             row("validation_Math_5", "In <image 1>, not <image 4>?", "[]", "7", ["red"], "open")]
@@ -338,7 +356,8 @@ def test_mmmu(tmp_path):
 
 def test_mmstar(tmp_path):
     rows = [{"index": 0, "question": "Which?\nOptions: A: a cat, B: a dog, C: both, D: none", "image": png(),
-             "answer": "B", "category": "coarse perception", "l2_category": "scene", "meta_info": {"source": "MMBench"}},
+             "answer": "B", "category": "coarse perception", "l2_category": "scene",
+             "meta_info": {"source": "MMBench"}},
             {"index": 1, "question": "Which of A to J is it?", "image": png(), "answer": "J", "category": "math",
              "l2_category": "geometry", "meta_info": {"source": "MathVista"}}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mmstar.parquet")
@@ -399,7 +418,7 @@ def test_a_picture_is_known_again_and_told_from_one_that_differs_in_a_digit(make
 
 def test_exclusion_by_id_and_by_picture(tmp_path):
     """A benchmark's copy may be smaller, of another format or transparent, and its row one that we cannot judge."""
-    clear = screenshot(7, 9).convert("RGBA")
+    clear = Image.new("RGBA", (640, 320), "black")  # all the writing is in its transparency
     clear.putalpha(Image.fromarray(255 - np.asarray(screenshot(7, 9).convert("L"))))
     held = [drawing(12), halved(screenshot(34)), clear]
     rows = [mathvista_row(i, decoded_image={"bytes": encoded(image), "path": "x"}, answer="3" if i else None)
@@ -407,7 +426,8 @@ def test_exclusion_by_id_and_by_picture(tmp_path):
     benchmark = read_held(f"mathvista={hub_file(tmp_path, 'testmini', rows)}")
     assert benchmark.ids == {"mathvista-0", "mathvista-1", "mathvista-2"} and len(benchmark.pictures) == 3
     records = [Record("mathvista-1", "?", "1"), Record("a", "?", "1", (encoded(drawing(12), format="JPEG"),)),
-               Record("b", "?", "1", (png(), encoded(screenshot(34)))), Record("c", "?", "1", (encoded(screenshot(84)),)),
+               Record("b", "?", "1", (png(), encoded(screenshot(34)))),
+               Record("c", "?", "1", (encoded(screenshot(84)),)),
                Record("d", "?", "1", (encoded(drawing(18)),)), Record("mathvista-9", "?", "1"),
                Record("e", "?", "1", (encoded(screenshot(7, 9), format="JPEG", quality=75),))]
     report = save_usable(records, str(tmp_path / "out/x.parquet"), benchmark)
@@ -434,7 +454,7 @@ def test_command_reports_what_it_read_kept_and_dropped(tmp_path):
     (tmp_path / "cut.png").write_bytes(encoded(screenshot(1))[:-400])
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     out = tmp_path / "raw/mine.parquet"
-    command = [sys.executable, str(Path(data.__file__)), "any", "--input", str(tmp_path / "my.jsonl"), "--out", str(out)]
+    command = [sys.executable, data.__file__, "any", "--input", str(tmp_path / "my.jsonl"), "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "raw/mine.report.json").read_text())
