@@ -273,6 +273,7 @@ FORMATS: dict[str, str] = {  # the key that tells a row's format, looked for in 
     "problem": "EasyR1, multimodal-open-r1", "question": "ours, the fields of Record",
 }  # (with `question` and `answer_type` a row is ours whatever else it holds: save_records writes others' columns too)
 OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to our own, for EasyR1 and TRL
+REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
 BATCH = 64  # rows in memory at once, and in a row group when written: with pictures far below Arrow's limit of 2 GiB
 
 
@@ -478,7 +479,8 @@ def _tables(path_or_id: str, split: str | None = None) -> Iterator[tuple[str, tu
     path = Path(path_or_id)
     if path.is_dir():
         found = sorted(path.rglob("*") if split else path.iterdir())
-        files = [file for file in found if file.suffix in (".parquet", ".jsonl", ".json")]
+        files = [file for file in found if file.suffix in (".parquet", ".jsonl", ".json")
+                 and not file.name.endswith(REPORTS)]
         if split:  # test-00000-of-00002.parquet, test.jsonl, but not testmini; a lone file has any name
             of_split = [file for file in files if re.fullmatch(rf"(?:{split})(?:-\d+-of-.*)?", file.stem)]
             parquet = [[file for file in some if file.suffix == ".parquet"] for some in (of_split, files)]
@@ -1116,7 +1118,7 @@ class Held:
             shape, thumbnail = image.width / image.height, _thumbnail(image)
             low, high = np.searchsorted(self.shapes, [shape / 1.03, shape * 1.03])  # halving rounds odd sizes
             near = np.arange(low, high)
-            for cells in (slice(None, None, 17), slice(None)):  # the diagonal rules out nearly all, for 1/16 of the work
+            for cells in (slice(None, None, 17), slice(None)):  # the diagonal rules nearly all out at 1/16 of the cost
                 near = near[np.abs(self.thumbnails[near, cells] - thumbnail[cells]).max(axis=1) <= 12]
             for picture, held_id in (self.pictures[i] for i in near):
                 if same_picture(image, open_image(picture, held_id)):
@@ -1147,7 +1149,7 @@ def read_held(benchmarks: str) -> Held:
         rows = tqdm(BENCHMARKS[name](path or None), desc=f"reading {name}", unit=" records")
         with ThreadPoolExecutor() as pool:
             for batch in batches(rows):
-                ids.update(made.id for made in batch)
+                ids.update(made.id for made in batch if getattr(made, "reason", "") != "malformed row")  # a made-up id
                 found += itertools.chain.from_iterable(pool.map(look, batch))
     found.sort(key=lambda item: item[0])
     return Held(frozenset(ids), np.array([shape for shape, _, _ in found]),
@@ -1155,7 +1157,7 @@ def read_held(benchmarks: str) -> Held:
                 [picture for _, _, picture in found])
 
 
-def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = None, about: dict | None = None) -> dict:
+def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = None, **about) -> dict:
     """Save the records whose golds and pictures can be used and that no benchmark holds -> the report.
 
     Beside `out`, x.parquet: x.report.json, `about` and the counts; x.dropped.jsonl, a line for each other record.
@@ -1190,11 +1192,11 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
             raise ValueError(f"none of the {dropped.total()} records can be used; {dropped_to} says why")
 
     kept, dropped = Counter(), Counter()
-    dropped_to, report_to = (Path(out).with_suffix(end) for end in (".dropped.jsonl", ".report.json"))
+    dropped_to, report_to = (Path(out).with_suffix(end) for end in REPORTS)
     dropped_to.parent.mkdir(parents=True, exist_ok=True)
     with open(dropped_to, "w") as lines, ThreadPoolExecutor() as pool:
         save_records(out, usable())
-    report = (about or {}) | {"out": out, "read": kept.total() + dropped.total(), "kept": kept.total(),
+    report = about | {"out": out, "read": kept.total() + dropped.total(), "kept": kept.total(),
                               "answer_types": dict(kept.most_common()), "dropped": dict(dropped.most_common())}
     report_to.write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -1211,8 +1213,8 @@ def main() -> None:
     about = {"source": args.source, "input": args.input, "exclude": args.exclude}
     held = read_held(args.exclude) if args.exclude else None
     if held:
-        about["looked for"] = {"ids": len(held.ids), "pictures": len(held.pictures)}
-    report = save_usable(SOURCES.get(args.source, read_any)(args.input), args.out, held, about)
+        about["looked_for"] = {"ids": len(held.ids), "pictures": len(held.pictures)}
+    report = save_usable(SOURCES.get(args.source, read_any)(args.input), args.out, held, **about)
     print(json.dumps(report, indent=1))
 
 

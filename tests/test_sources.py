@@ -462,7 +462,7 @@ def test_command_reports_what_it_read_kept_and_dropped(tmp_path):
     assert (report["read"], report["kept"], report["answer_types"]) == (7, 2, {"number": 1, "math": 1})
     assert report["dropped"] == {"null gold": 1, "unverifiable": 1, "picture unreadable": 1, "repeated id": 1,
                                  "malformed row": 1}
-    assert [r.id for r in load_records(str(out))] == ["a", "e"]
+    assert [r.id for r in load_records(str(out))] == ["a", "e"] == [r.id for r in load_records(str(out.parent))]
     lines = [json.loads(line) for line in (tmp_path / "raw/mine.dropped.jsonl").read_text().splitlines()]
     assert [(line["id"], line["reason"]) for line in lines] == [
         ("b", "null gold"), ("c", "unverifiable"), ("d", "picture unreadable"), ("a", "repeated id"),
