@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import Record, check_prompts, load_records, open_image, save_records
+from data import Picture, Record, check_prompts, load_records, open_image, save_records
 
 
 def png(color="red", size=(8, 6), mode="RGB") -> bytes:
@@ -31,6 +31,11 @@ def png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def files(record: Record) -> tuple:
+    """Its pictures, with the bytes of those that lie in a Parquet file."""
+    return tuple(image.read() if isinstance(image, Picture) else image for image in record.images)
 
 
 def jsonl(path: Path, *rows: dict | str) -> str:
@@ -67,7 +72,7 @@ def test_lmm_r1_parquet_with_its_picture_in_a_column(tmp_path):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sides?"}]}]
     row = {"message": json.dumps(chat), "answer": ["$3$", "three"], "image": {"bytes": png(), "path": None}}
     (record,) = load_records(parquet(tmp_path / "mm.parquet", row))
-    assert record.images == (png(),) and record.answer == ("$3$", "three")
+    assert files(record) == (png(),) and record.answer == ("$3$", "three")
 
 
 @pytest.mark.parametrize("image", ["geo/1.png", ["geo/1.png"]])
@@ -94,8 +99,9 @@ def test_verl_parquet(tmp_path):
            "reward_model": {"ground_truth": "2 \\sqrt { 221 }", "style": "rule"},
            "extra_info": {"index": 0, "split": "train"}}
     (record,) = load_records(parquet(tmp_path / "verl.parquet", row))
-    assert record == Record(id="verl-1", question="<image>Find x.", answer="2 \\sqrt { 221 }", images=(png(),),
+    assert record == Record(id="verl-1", question="<image>Find x.", answer="2 \\sqrt { 221 }", images=record.images,
                             source="geometry3k")
+    assert files(record) == (png(),)
 
 
 @pytest.mark.parametrize("solution, gold", [
@@ -108,7 +114,7 @@ def test_trl_chat_with_gold_in_its_solution(tmp_path, solution, gold):
     row = {"prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is half?"}],
            "image": {"bytes": png(), "path": "1.png"}, "solution": solution}
     (record,) = load_records(parquet(tmp_path / "trl.parquet", row))
-    assert (record.question, record.answer, record.images) == ("What is half?", gold, (png(),))
+    assert (record.question, record.answer, files(record)) == ("What is half?", gold, (png(),))
 
 
 def test_trl_parts_that_passed_through_datasets_are_null_filled(tmp_path):
@@ -142,14 +148,14 @@ def test_easyr1_pictures_as_struct_path_or_bytes(tmp_path, picture, inside):
     row = {"problem": "<image>Find x.", "answer": "3", "images": [picture]}
     (record,) = load_records(parquet(tmp_path / "easy.parquet", row))
     assert (record.question, record.answer) == ("<image>Find x.", "3")
-    assert record.images == ((png(),) if inside else (str(tmp_path / "a.png"),))
+    assert files(record) == ((png(),) if inside else (str(tmp_path / "a.png"),))
 
 
 def test_multimodal_open_r1_gold_is_inside_the_answer_tag(tmp_path):
     row = {"image": {"bytes": png(), "path": None}, "problem": "Which?\nA. 1\nB. 2", "original_answer": "It is B",
            "solution": "<think>B, since</think>\n\n<answer>B</answer>"}
     (record,) = load_records(parquet(tmp_path / "open.parquet", row))
-    assert (record.question, record.answer, record.images) == ("Which?\nA. 1\nB. 2", "B", (png(),))
+    assert (record.question, record.answer, files(record)) == ("Which?\nA. 1\nB. 2", "B", (png(),))
 
 
 def test_our_own_rows_in_full_and_with_the_two_keys_that_are_needed(tmp_path):
@@ -220,18 +226,23 @@ def test_folder_reads_its_files_in_order_of_name_and_a_ladder_only_its_ladder(tm
     assert [record.id for record in load_records(str(tmp_path))] == ["q3"]
 
 
-def test_hub_id_with_split(monkeypatch):
-    """Rows come undecoded: the bytes that were uploaded, not a PIL image made from them."""
+def test_hub_id_with_split(tmp_path, monkeypatch):
+    """Rows come undecoded, pictures stay in the hub's cache: as bytes in records, 40 GB of them would not fit."""
     asked = []
     features = datasets.Features(problem=datasets.Value("string"), answer=datasets.Value("string"),
                                  images=[datasets.Image()])
-    picture = {"bytes": png(), "path": "x.png"}
-    rows = [{"problem": f"<image>{i}?", "answer": str(i), "images": [picture]} for i in range(3)]
-    data = datasets.Dataset.from_list(rows, features=features)
+    rows = [{"problem": f"<image>{i}?", "answer": str(i), "images": [{"bytes": png((i, 0, 0)), "path": "x.png"}]}
+            for i in range(150)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    data = datasets.load_dataset("parquet", data_files=str(tmp_path / "x.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or data)
-    records = load_records("hiyouga/geometry3k@train", limit=2)
+    records = load_records("hiyouga/geometry3k@train", limit=140)
     assert asked == [("hiyouga/geometry3k", "train")]
-    assert [(r.question, r.images) for r in records] == [("<image>0?", (png(),)), ("<image>1?", (png(),))]
+    assert all(isinstance(record.images[0], Picture) for record in records)
+    assert [(r.id, r.question, files(r)) for r in records[::139]] == [
+        ("geometry3k@train-1", "<image>0?", (png((0, 0, 0)),)),
+        ("geometry3k@train-140", "<image>139?", (png((139, 0, 0)),))]
 
 
 def test_hub_trouble_names_the_id(monkeypatch):
@@ -395,11 +406,12 @@ def test_saved_records_come_back_equal(tmp_path):
     path = str(tmp_path / "new/x.parquet")
     save_records(path, records)
     loaded = load_records(path)
-    assert loaded[0].images == (png(), png("blue"))
+    assert files(loaded[0]) == (png(), png("blue"))
     assert [vars(r) | {"images": ()} for r in loaded] == [vars(r) | {"images": ()} for r in records]
     assert [p.name for p in Path(path).parent.iterdir()] == ["x.parquet"]  # nothing temporary is left behind
     save_records(str(tmp_path / "again.parquet"), loaded)
-    assert load_records(str(tmp_path / "again.parquet")) == loaded
+    again = load_records(str(tmp_path / "again.parquet"))
+    assert [vars(r) | {"images": files(r)} for r in again] == [vars(r) | {"images": files(r)} for r in loaded]
 
 
 def test_datasets_shows_the_pictures_of_a_saved_file(tmp_path):
