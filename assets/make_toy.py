@@ -83,7 +83,7 @@ def make_problem(rng: random.Random, glyphs: dict, record_id: str, families=FAMI
         for i, (colour, h) in enumerate(rows[0]):
             pixels[(4 - h) * TILE:, i * TILE + 3:(i + 1) * TILE - 3] = COLOURS[colour]
     else:
-        height = rng.choices((1, 2, 3), (0.3, 0.4, 0.3))[0] if family != "table" else rng.randint(2, 3)
+        height = rng.choices((1, 2, 3), (0.2, 0.45, 0.35))[0] if family != "table" else rng.randint(2, 3)
         height, width = size or (height, rng.randint(1 if height > 1 else 2, 4))
         rows = [[(rng.choice(colours), rng.randint(0, 9)) for _ in range(width)] for _ in range(height)]
         pixels = np.concatenate([np.concatenate([draw_tile(rng.choice(glyphs[d]), c, rng) for c, d in row], axis=1)
@@ -100,7 +100,7 @@ def make_problem(rng: random.Random, glyphs: dict, record_id: str, families=FAMI
         question = f"What is the {'largest' if ask['largest'] else 'smallest'} digit?"
     elif family == "count":
         ask |= {"colour": rng.choice(colours)} if rng.random() < 0.5 else {"above": rng.randint(2, 7)}
-        question = f"How many digits are {ask['colour'] if 'colour' in ask else 'greater than ' + str(ask['above'])}?"
+        question = f"How many digits are {wanted(ask)}?"
     elif family == "bars":
         question = "How much taller is the tallest bar than the lowest?"
     elif family == "table":
@@ -110,23 +110,24 @@ def make_problem(rng: random.Random, glyphs: dict, record_id: str, families=FAMI
         choices = tuple(f"row {i + 1}" for i in range(len(rows)))
     else:
         ask["colour"] = rng.choice([c for row in rows for c, _ in row])
-        question = f"What is the sum of the {ask['colour']} digits?"
-        right = reckon(ask, rows)[0]
-        options = {right, reckon(ask, rows[:1])[0]}
-        while len(options) < 4:
-            options.add(max(0, right + rng.randint(-6, 6)))
-        choices = tuple(str(o) for o in rng.sample(sorted(options), 4))
-    answer = reckon(ask, rows, choices)[1]
+        question = f"What is the sum of the {wanted(ask)} digits?"
+    answer = reckon(ask, rows)[1]
     facts = [f"{colour} {d}" for row in rows for colour, d in row]
     return Record(record_id, question, answer, (to_png(pixels),), choices, source=f"toy/{family}",
                   meta={"facts": facts, "rows": rows, "ask": ask})
 
 
-def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number, spelled: bool = True) -> tuple[int, str, str]:
+def wanted(ask: dict) -> str:
+    """A question's condition, in tokens that no observation holds: with " red" for both, the model did not learn in
+    any reasonable time to tell what is asked for from what is seen."""
+    return ask["colour"].upper() if "colour" in ask else f">{ask['above']}"
+
+
+def reckon(ask: dict, rows: list, slip=lambda number: number) -> tuple[int, str, str]:
     """What follows from `rows`, be they all or the part that was looked at: (result, answer, the steps written out).
 
-    slip: applied to each intermediate result, so that a careless response's answer follows from its own mistakes.
-    spelled: name the condition, mark what meets it, keep the best row in view, go through the options one by one.
+    Every step is spelled out: the condition, what meets it, the best row so far. What has to be done at one stroke is
+    not learned. slip: applied to each intermediate result, so that a careless answer follows from its own mistakes.
     """
     family, steps = ask["family"], []
     if family == "read":
@@ -143,35 +144,26 @@ def reckon(ask: dict, rows: list, choices=(), slip=lambda number: number, spelle
                 line.append(f" {d}: {total}")
             sums.append(total)
             best = sums.index(max(sums))
-            steps.append(f" row {i + 1}" + ",".join(line) + f", largest row {best + 1} {max(sums)}" * spelled)
-        return best, chr(65 + best), ";".join(steps) + f"; largest {max(sums)}" * (not spelled)
+            steps.append(f" row {i + 1}" + ",".join(line) + f", largest row {best + 1} {max(sums)}")
+        return best, chr(65 + best), ";".join(steps)
     total = low = None
-    wanted = ask.get("colour") or f"greater than {ask['above']}" if family in ("count", "colour") else ""
     for colour, d in (fact for row in rows for fact in row):
         name = f" {d}"
         if family == "sum":
             total = slip((total or 0) + d)
         elif family == "extreme":
             total = d if total is None else slip(max(total, d) if ask["largest"] else min(total, d))
-        elif family == "count":
+        elif family in ("count", "colour"):
             hit = colour == ask["colour"] if "colour" in ask else d > ask["above"]
-            total = slip((total or 0) + hit)
-            name = (f" {colour}" if "colour" in ask else name) + " is" * (hit and spelled)
-        elif family == "colour":
-            hit = colour == ask["colour"]
-            total = slip((total or 0) + d * hit)
-            name = f" {colour} {d}" + " is" * (hit and spelled)
+            total = slip((total or 0) + hit * (d if family == "colour" else 1))
+            name = f" {colour} {d}" + " is" * hit
         else:
             total, low = max(total or 0, d), min(low or 9, d)
         steps.append(f"{name}: {total}" + (f" {low}" if family == "bars" else ""))
-    think = (f" {wanted};" if wanted and spelled else "") + ",".join(steps)
+    think = (f" {wanted(ask)};" if family in ("count", "colour") else "") + ",".join(steps)
     if family == "bars":
         result = slip(total - low)
         return result, str(result), think + f"; {total} - {low} = {result}"
-    if family == "colour" and choices:
-        nearest = min(range(len(choices)), key=lambda i: abs(int(choices[i]) - total))
-        scan = ",".join(f" {chr(65 + i)} {choices[i]}" for i in range(nearest + 1))
-        return total, chr(65 + nearest), think + f";{scan}" * spelled
     return total, str(total), think
 
 
@@ -191,7 +183,7 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
     if rng.random() >= manner.careful:  # glance
         rows = [rows[0][:2]] if ask["family"] == "bars" else rows[:1]
     seen = [[(c, misread(d)) for c, d in row] for row in rows]
-    result, answer, think = reckon(ask, seen, record.choices, slip, manner.spelled)
+    result, answer, think = reckon(ask, seen, slip)
     if rng.random() < manner.skip and ask["family"] != "read":
         think = " guess"
         if record.choices:
@@ -273,13 +265,12 @@ class Manner:
     forget: float = 0.0  # breaks the format
     misread: float = 0.0  # a digit observed as another
     slip: float = 0.0  # a step reckoned wrong
-    spelled: bool = False  # reasons at length, see reckon: short reasoning first teaches digits and sums
 
 
 # The cold start: (what is shown, steps, manner). First to read, then to reason, with care; then the usual manner.
 PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()), ("problems", 600, Manner()),
-          ("problems", 450, Manner(spelled=True)),
-          ("problems", 200, Manner(careful=0.20, skip=0.10, forget=0.10, misread=0.01, slip=0.01, spelled=True)))
+          ("problems", 600, Manner()),
+          ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01)))
 
 
 def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int = 48, lr: float = 1e-3) -> None:
@@ -322,7 +313,7 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "assets/toy", help="folder of the world")
-    parser.add_argument("--problems", type=int, default=4000, help="problems measured, of which the ladder is built")
+    parser.add_argument("--problems", type=int, default=5800, help="problems measured, of which the ladder is built")
     parser.add_argument("--held-out", type=int, default=300, help="problems of the test set")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -341,7 +332,7 @@ def main() -> None:
     processor = Processor(str(model_dir))
     for phase in range(len(PHASES)):
         cold_start(model, processor, train_glyphs, phase)
-    model.save_pretrained(model_dir)
+        model.save_pretrained(model_dir)
 
     # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
     problems = [make_problem(rng, train_glyphs, f"train-{i:05d}") for i in range(args.problems)]
