@@ -513,7 +513,7 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
              f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and "
              f"the rollouts judged anew, {decided['drop']} dropped). " + (
-                 f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some will be "
+                 f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some may be "
                  "wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
              f"(quantile {args.low_complexity}).",

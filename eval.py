@@ -477,8 +477,7 @@ difficulty levels.
     datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
     torchrun train.py --data FOLDER
 
-TRL and EasyR1 find pictures in `images` and the gold in `answer`; the options of a multiple choice are in `choices`,
-not in `question`.
+The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem`, `images`, `answer`).
 
 ## What is on it
 

@@ -341,9 +341,11 @@ def main() -> None:
         for name, records in (("train", problems), ("test", held_out)):
             save_records(f"{folder}/{name}.parquet", records)
             subprocess.run([sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
-                            model_dir, "--out", f"{folder}/{name}", "--max-tokens", "160"], check=True)
+                            model_dir, "--out", f"{folder}/{name}", "--keep-simple", "--max-tokens", "160",
+                            "--max-pixels", str(64 * TILE * TILE)], check=True)
         (args.out / "ladder").mkdir(exist_ok=True)
-        shutil.copy(f"{folder}/train/ladder.parquet", args.out / "ladder" / "ladder.parquet")
+        for file in ("ladder.parquet", "ladder.png", "README.md"):
+            shutil.copy(f"{folder}/train/{file}", args.out / "ladder" / file)
         shutil.copy(f"{folder}/test/measured.parquet", args.out / "test.parquet")  # all of it: a test set is not mixed
 
 
