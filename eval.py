@@ -164,7 +164,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
                       for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
-            scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"][kind].get(key) is not None]
+            scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
             if scores:
                 axis.plot(*zip(*scores), "o-", color=colour, markersize=4,
                           label="held out, greedy" if kind == "greedy" else "held out, temperature 1")

@@ -121,7 +121,7 @@ class Config:
 
     # evaluate, save, log
     eval_samples: int = setting(4, "k of avg@k at temperature 1, before and after")
-    eval_limit: int = setting(0, "held-out problems used at a stage's end; 0: all")
+    eval_limit: int = setting(0, "held-out problems answered, greedily, at a stage's end; 0: all")
     save_every: int = setting(0, "steps between checkpoints, besides those at a stage's end; 0: none")
     keep: int = setting(2, "newest checkpoints kept")
     tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "also log there, through accelerate")
@@ -524,12 +524,12 @@ def main(args: list[str] | None = None) -> None:
         with open(run / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def held_out(records: list[Record], samples: int) -> dict[str, dict]:
-        """Scores greedy and, `samples` times a problem, at temperature 1."""
+    def held_out(records: list[Record], samples: int = 0) -> dict[str, dict]:
+        """Scores greedy and, with `samples` times a problem, at temperature 1."""
         return {name: summarize(list(evaluate(
             model, processor, records, style=cfg.prompt, temperature=temperature, samples=k,
             max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)))
-            for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, samples))}
+            for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, samples)) if k}
 
     def save() -> Path:
         now = state | {"curriculum": curriculum.state_dict()}
@@ -596,7 +596,7 @@ def main(args: list[str] | None = None) -> None:
         # 5. Evaluate at the end of a stage; save.
         last = curriculum.position == len(curriculum)
         if test and batch.ends_stage:
-            metrics["eval"] = held_out(test, cfg.eval_samples) if last else held_out(test[:cfg.eval_limit or None], 1)
+            metrics["eval"] = held_out(test, cfg.eval_samples) if last else held_out(test[:cfg.eval_limit or None])
         log("metrics.jsonl", metrics)
         accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         bar.update()
