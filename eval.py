@@ -166,7 +166,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
         for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
             scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
             if scores:
-                axis.plot(*zip(*scores), "o-", color=colour, markersize=4,
+                axis.plot(*zip(*scores), "o-" if kind == "greedy" else "o:", color=colour, markersize=4,
                           label="held out, greedy" if kind == "greedy" else "held out, temperature 1")
         for before, after in zip(steps, steps[1:]):
             if before["stage"] != after["stage"]:
