@@ -1215,7 +1215,11 @@ def main() -> None:
     held = read_held(args.exclude) if args.exclude else None
     if held:
         about["looked_for"] = {"ids": len(held.ids), "pictures": len(held.pictures)}
-    report = save_usable(SOURCES.get(args.source, read_any)(args.input), args.out, held, **about)
+    made = SOURCES.get(args.source, read_any)(args.input)
+    name = Path(args.input).stem  # of rows that do not say where they are from: a ladder's card counts by source
+    made = (item if isinstance(item, Dropped) or item.source else dataclasses.replace(item, source=name)
+            for item in made)
+    report = save_usable(made, args.out, held, **about)
     print(json.dumps(report, indent=1))
 
 
