@@ -5,7 +5,7 @@
     Curriculum     the batches of one run, easy to hard, and its place among them
     write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
     correct        what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
-    write_card     the card of a ladder as a data set
+    write_card     the card of a ladder as a data set; plot_ladder: the three panels of the paper's figure
 
     torchrun curriculum.py --data raw/*.parquet --model MODEL --out ladder/        # killed: the same command goes on
     python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
@@ -36,6 +36,8 @@ import json
 import os
 import re
 import sys
+import textwrap
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -46,6 +48,7 @@ from typing import Iterable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 
 from data import (
     MAX_ANSWER,
@@ -54,6 +57,7 @@ from data import (
     Record,
     check_prompts,
     load_records,
+    open_image,
     parse_number,
     save_records,
     settle,
@@ -68,7 +72,6 @@ from eval import (
     model_digest,
     picture_tag,
     place,
-    plot_ladder,
     roll_out,
     together,
     vote,
@@ -533,6 +536,59 @@ def level_complexity(ladder: list[Record]) -> np.ndarray:
     """[L] mean complexity of each level, in tokens; nan where there is no problem."""
     levels = [[r.complexity for r in ladder if level_of(r) == level] for level in range(LEVELS)]
     return np.array([np.mean(level) if level else np.nan for level in levels])
+
+
+def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
+    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
+
+    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
+    """
+    stages, levels = table.shape
+    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
+                                 height_ratios=[5, 3])
+    shares = axes["shares"]
+    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
+    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
+    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
+               xticklabels=names)
+    tokens = shares.twinx()
+    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
+    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
+    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
+    shares.legend(loc="upper left")
+    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
+
+    mix = axes["mixing"]
+    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
+    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
+    for stage in range(stages):
+        for level in range(levels):
+            if table[stage, level] or mixing[stage, level]:
+                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
+                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
+    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
+            xticks=range(levels), xticklabels=names, yticks=range(stages),
+            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
+
+    for level in range(levels):
+        axis = axes[str(level)]
+        axis.set_axis_off()
+        axis.set_anchor("N")
+        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
+                          key=lambda r: (r.complexity, r.id))
+        if at_level:
+            example = at_level[len(at_level) // 2]
+            picture = open_image(example.images[0], example.id)
+            picture.thumbnail((512, 512))
+            axis.imshow(picture)
+            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
+            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
+                           parse_math=False)  # a lone $ of a question would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
+        figure.savefig(path, dpi=100)
 
 
 def draw(ladder: list[Record], path: Path) -> None:

@@ -6,7 +6,7 @@
     scores_of      all that is told of a benchmark: its published sub-scores, avg@k, maj@k, pass@k, intervals
     before_after   the table that closes a run
     compare        runs side by side, by setting over seeds, paired by problem
-    plot_curves    metrics.jsonl -> curves.png;  plot_ladder: a ladder -> the three panels of the paper's figure
+    plot_curves    metrics.jsonl -> curves.png
     write_page     groups of responses -> one HTML file to look through, pictures inside
 
     torchrun eval.py --model CHECKPOINT --benchmark toy,mathvista,mathverse=PATH --prompt none,think,observe
@@ -37,8 +37,6 @@ import json
 import math
 import os
 import sys
-import textwrap
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -524,59 +522,6 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     if axes.flat[0].get_legend_handles_labels()[0]:
         axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
-    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
-
-    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
-    """
-    stages, levels = table.shape
-    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
-                                 height_ratios=[5, 3])
-    shares = axes["shares"]
-    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
-    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
-    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
-               xticklabels=names)
-    tokens = shares.twinx()
-    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
-    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
-    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
-    shares.legend(loc="upper left")
-    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
-
-    mix = axes["mixing"]
-    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
-    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
-    for stage in range(stages):
-        for level in range(levels):
-            if table[stage, level] or mixing[stage, level]:
-                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
-                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
-    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
-            xticks=range(levels), xticklabels=names, yticks=range(stages),
-            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
-
-    for level in range(levels):
-        axis = axes[str(level)]
-        axis.set_axis_off()
-        axis.set_anchor("N")
-        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
-                          key=lambda r: (r.complexity, r.id))
-        if at_level:
-            example = at_level[len(at_level) // 2]
-            picture = open_image(example.images[0], example.id)
-            picture.thumbnail((512, 512))
-            axis.imshow(picture)
-            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
-            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
-                           parse_math=False)  # a lone $ of a question would be an error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        figure.savefig(path, dpi=100)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>

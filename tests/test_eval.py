@@ -5,27 +5,12 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 
-import numpy as np
 import pytest
 from conftest import ROOT, TOY
 
 from data import Record
-from eval import (
-    Result,
-    Sample,
-    before_after,
-    evaluate,
-    licence,
-    majority,
-    plot_curves,
-    plot_ladder,
-    summarize,
-    with_rollouts,
-    write_page,
-    write_review,
-)
+from eval import Result, Sample, before_after, evaluate, plot_curves, summarize, write_page
 from rewards import accuracy_reward
 
 
@@ -87,49 +72,6 @@ def test_curves_are_drawn_even_of_a_run_just_begun(tmp_path):
     for name, metrics in (("none", []), ("one", [step]), ("two", [step, step | {"step": 2}])):
         plot_curves(metrics, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def answered(record: Record, *answers: str | None) -> Record:
-    return with_rollouts(record, [{"answer": a, "correct": False, "tokens": 9} for a in answers])
-
-
-def test_majority_counts_equal_answers_however_they_are_written():
-    number = Record("n", "?", "3")
-    assert majority(answered(number, "7", "1/2", "0.5", None, "$\\frac{1}{2}$", "7")) == ("1/2", 3)
-    choice = Record("c", "?", "A", choices=("red", "blue"))
-    assert majority(answered(choice, "blue", "(B)", "b.", "C")) == ("blue", 3)
-    assert majority(answered(number, None, None)) == ("", 0)
-
-
-def test_review_puts_likely_wrong_golds_first_and_spares_edited_tables(tmp_path, capsys, test_set):
-    """Reviewers stop early; and an overwritten table is a person's afternoon."""
-    unsure = answered(replace(test_set[0], id="a"), "1", "2", "=HYPERLINK(1)", None)
-    sure = answered(replace(test_set[1], id="b", question="<script>"), "5", "5", "5", "6")
-    write_review([unsure, sure], tmp_path, per_page=1)
-    first, second = ((tmp_path / name).read_text() for name in ("review.html", "review-2.html"))
-    assert "majority, 3 of 4: 5" in first and "<script>" not in first and "data:image/png" in first
-    assert "(none)" in second and "review-2.html" in first
-    table = (tmp_path / "review.csv").read_text("utf-8-sig")
-    assert [line.split(",")[0] for line in table.splitlines()] == ["id", "b", "a"] and "b,<script>" in table
-    write_review([sure], tmp_path)
-    assert (tmp_path / "review.csv").read_text("utf-8-sig") == table and "has been edited" in capsys.readouterr().err
-    (tmp_path / "review.csv").unlink()
-    write_review([answered(unsure, *["=HYPERLINK(1)"] * 8)], tmp_path)
-    assert ",'=HYPERLINK(1)," in (tmp_path / "review.csv").read_text("utf-8-sig"), "no formula for a spreadsheet"
-
-
-def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
-    table = np.zeros((9, 9), int)
-    table[0, 0] = table[0, 1] = 1
-    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0),
-              Record("text", "?", "1", difficulty=.125, complexity=8.0)]
-    complexity = np.array([9.0, 8.0] + [np.nan] * 7)
-    plot_ladder(ladder, table, complexity, np.eye(9), np.ones(9) / 9, np.ones(9), tmp_path / "ladder.png")
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_licences_of_the_sources_are_told():
-    assert licence("MathVision") == "MIT" and licence("polymath") == "AFL-3.0" and licence("mine") == "as its source"
 
 
 def test_commands_run(tmp_path):
