@@ -83,7 +83,7 @@ class Sample:
     observation: float | None  # share of the picture's facts that <observe> states; None where they are not known
     tokens: int | None  # None: another engine wrote it and did not say
     truncated: bool
-    sections: dict[str, int] = field(default_factory=dict)  # tokens inside <observe>, <think>, <answer>, encoded anew
+    sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>, encoded anew; None: not counted
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def judge(text: str, record: Record, style: str, processor: Processor | None = N
         return len(processor.tokenizer(part, add_special_tokens=False).input_ids)
 
     s = score(text, record, style)
-    parts = {tag: count(part) for tag in TAGS["observe"] if (part := section(text, tag))} if processor else {}
+    parts = {tag: count(part) for tag in TAGS["observe"] if (part := section(text, tag))} if processor else None
     tokens = count(text) if tokens is None and processor else tokens
     return Sample(text, s.answer, bool(s.accuracy), s.format, s.observation, tokens, truncated, parts)
 
@@ -416,7 +416,7 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
         "pass": {k: mean(pass_at(r, k) for r in results) for k in sorted({2**i for i in range(n.bit_length())} | {n})
                  if 0 < k <= n},
         "unusable": sum(isinstance(r.record, Dropped) for r in results), "published": PUBLISHED.get(benchmark)}
-    lengths = {tag: mean(mean(s.sections.get(tag, 0) for s in r.samples if s.tokens is not None) for r in results)
+    lengths = {tag: mean(mean(s.sections.get(tag, 0) for s in r.samples if s.sections is not None) for r in results)
                for tag in TAGS["observe"]}
     found["sections"] = {tag: {"length": length, "share": length / found["length"]}
                          for tag, length in lengths.items() if length is not None and found["length"]}
@@ -910,7 +910,7 @@ def trained_by(model: str | None) -> dict | None:
     """The settings of the run of train.py that a model is a checkpoint of; None: of none."""
     file = Path(model or "").resolve().parent / "config.json"
     config = json.loads(file.read_text()) if model and Path(model).is_dir() and file.exists() else {}
-    return config if {"order", "seed", "sigma"} <= config.keys() else None
+    return config | {"checkpoint": Path(model).name} if {"order", "seed", "sigma"} <= config.keys() else None
 
 
 def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> dict[str, list[dict]]:

@@ -1,16 +1,20 @@
 """Scores by hand, the closing table, and pages that cannot be turned into markup by what a model writes."""
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 from conftest import ROOT, TOY
 
+import eval
 from data import Record
-from eval import Result, Sample, before_after, evaluate, plot_curves, summarize, write_page
+from eval import Result, Sample, before_after, evaluate, judge, plot_curves, scores_of, summarize, write_page
 from rewards import accuracy_reward
 
 
@@ -52,6 +56,46 @@ def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
             assert s.correct == (accuracy_reward(s.text, record) == 1.0) and s.observation is not None
 
 
+def test_greedy_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypatch):
+    """Padding that leaks into a row, or a chunk that depends on the process, would make the score one of the machine.
+
+    Sampled responses depend on the rows, for a batch draws from one stream, but not on the processes.
+    """
+    options = ["--model", str(TOY / "model"), "--limit", "20", "--max-tokens", "60", "--both"]
+
+    def responses(out: str, kind: str) -> list[dict]:
+        lines = map(json.loads, (tmp_path / out / "responses.jsonl").read_text().splitlines())
+        return [line for line in lines if line["sampling"] == kind]
+
+    torch.set_num_threads(1)  # as torchrun's processes have
+    for rows in (8, 64):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--rows", str(rows), "--out", str(tmp_path / f"{rows}")])
+        eval.main()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
+                           "c10d", "--rdzv-endpoint", "localhost:0", "eval.py", *options, "--rows", "8", "--out",
+                           str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(responses("8", "greedy")) == 20 and len(responses("8", "T=1")) == 80
+    assert responses("8", "greedy") == responses("64", "greedy") == responses("two", "greedy")
+    assert responses("8", "T=1") == responses("two", "T=1")
+    first, second = (list((tmp_path / "two" / "rollouts").glob(f"toy-observe-greedy-{rank}.jsonl")) for rank in (0, 1))
+    assert first and second and second[0].stat().st_size, "both processes worked"
+    monkeypatch.setattr(eval, "load_policy", None)
+    eval.main()  # finished: the same command answers nothing again
+
+
+def test_sections_are_counted(processor):
+    """Length and share of what is observed, thought and answered, in tokens of the model."""
+    text = "<observe>red 3, blue 5</observe> <think>3 + 5 = 8</think> <answer>8</answer>"
+    sample = judge(text, Record("a", "?", "8"), "observe", processor)
+    size = {tag: len(processor.tokenizer(part).input_ids) for tag, part in (
+        ("observe", "red 3, blue 5"), ("think", "3 + 5 = 8"), ("answer", "8"), ("all", text))}
+    assert sample.tokens == size.pop("all") and sample.sections == size
+    scores = scores_of("x", [Result(Record("a", "?", "8"), [sample])])
+    assert scores["sections"]["think"] == {"length": size["think"], "share": size["think"] / sample.tokens}
+
+
 def test_page_escapes_what_a_model_writes(tmp_path, test_set):
     record = test_set[0]
     evil = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -61,7 +105,7 @@ def test_page_escapes_what_a_model_writes(tmp_path, test_set):
     path = tmp_path / "page.html"
     write_page([line] * 5, {record.id: record}, path, "<b>", limit=3)
     page = path.read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page and "<title>&lt;b&gt;</title>" in page
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert" in page and "<title>&lt;b&gt;</title>" in page
     assert page.count("<section>") == 3 and page.count('<pre class="wrong">') == page.count('<pre class="right">') == 3
     assert not re.search(r'(?:src|href)="(?!data:)', page), "self-contained"
 
@@ -82,9 +126,9 @@ def test_commands_run(tmp_path):
         return done.stdout
 
     model = str(TOY / "model")
-    scores = run("eval.py", "--model", model, "--benchmark", "toy", "--limit", "8", "--out", str(tmp_path),
-                 "--max-tokens", "160")
-    assert "accuracy" in scores and len((tmp_path / "responses.jsonl").read_text().splitlines()) == 8
+    scores = run("eval.py", "--model", model, "--prompt", "none,observe", "--limit", "2", "--out", str(tmp_path / "e"))
+    assert scores.count("avg@4") == 2, "the built-in world is shown greedy and at temperature 1"
+    assert len((tmp_path / "e/responses.jsonl").read_text().splitlines()) == 2 * 2 * (1 + 4)
     from PIL import Image
 
     Image.new("RGB", (56, 28), "white").save(tmp_path / "x.png")
