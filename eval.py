@@ -60,6 +60,7 @@ from data import (
     Picture,
     Processor,
     Record,
+    batches,
     normal_text,
     open_image,
     parse_number,
@@ -83,7 +84,7 @@ class Sample:
     observation: float | None  # share of the picture's facts that <observe> states; None where they are not known
     tokens: int | None  # None: another engine wrote it and did not say
     truncated: bool
-    sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>, encoded anew; None: not counted
+    sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>; None: not counted
 
 
 @dataclass(frozen=True)
@@ -839,7 +840,7 @@ def encoded_lengths(rows: list[Record | Dropped], processor: Processor | None) -
             return Dropped(row.id, "cannot be fed", str(error), row.images, row.meta), 0
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        pairs = list(pool.map(encode, rows))
+        pairs = list(tqdm(pool.map(encode, rows), total=len(rows), desc="checking", unit="problem"))
     return [row for row, _ in pairs], [length for _, length in pairs]
 
 
@@ -1065,11 +1066,13 @@ def main() -> None:
         if args.responses:
             done.append((job, given(job, made, args.responses, Processor(args.model) if args.model else None)))
             continue
-        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[job.benchmark]], load,
+        # Each chunk in the order of the file, whose pictures are read in groups of neighbours.
+        places = [i for chunk in batches(order[job.benchmark], max(1, args.rows // job.samples)) for i in sorted(chunk)]
+        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in places], load,
                             rows=args.rows, seed=args.seed, samples=job.samples, style=job.prompt,
                             temperature=job.temperature,
                             max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024))
-        by_place = dict(zip(order[job.benchmark], answered))
+        by_place = dict(zip(places, answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
     rank, world = place()
     if world > 1:
