@@ -265,7 +265,7 @@ def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path
     refused("all samples would be the same", "--temperature", 0, "--samples", 4, "--limit", 2)
     (tmp_path / "cut").mkdir()
     cut = hub_file(tmp_path / "cut", "testmini-x", [mathvista_row(1), mathvista_row(
-        2, decoded_image={"bytes": png()[:60], "path": "x"}), mathvista_row(3, answer=None)])
+        2, decoded_image={"bytes": b"no picture", "path": "x"}), mathvista_row(3, answer=None)])
     refused("mathvista: 1 of 3 problems cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
     rows, order, [job] = command("--model", TOY / "model", "--out", tmp_path / "out", "--skip-bad", "--benchmark",
                                  f"mathvista={cut}", call=lambda: prepare(eval.parse_args()))
