@@ -29,6 +29,7 @@ import base64
 import contextlib
 import csv
 import fcntl
+import glob
 import hashlib
 import html
 import io
@@ -217,7 +218,7 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
 def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, list[Result]]:
     """Finished chunks by number. A line that cannot be read was cut when its run was killed: its chunk is not done."""
     done = {}
-    for file in sorted(folder.glob(f"{name}-[0-9]*.jsonl")):
+    for file in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*.jsonl")):
         for line in file.read_bytes().splitlines():
             try:
                 chunk = json.loads(line)
@@ -436,10 +437,11 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
     return found
 
 
-def percent(value: float | None, interval: list[float] | None = None) -> str:
+def percent(value: float | None, interval: list[float] | None = None, sign: str = "") -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+    value, *ends = (f"{100 * v:{sign}.1f}" for v in (value, *(interval or ())))
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -454,7 +456,7 @@ def tables(scores: list[dict]) -> str:
     many = any(s["samples"] > 1 for s in scores)
     header = ["benchmark", "prompt", "sampling", "problems", "accuracy %, 95% interval",
               *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
-              "observe / think / answer, % of them", "cut off %"]
+              "of these <observe> / <think> / <answer>", "cut off %"]
     rows, parts = [], []
     for s in scores:
         k, sections = s["samples"], s["sections"]
@@ -464,7 +466,7 @@ def tables(scores: list[dict]) -> str:
                      *([percent(s["majority"]) if k > 1 else "-", passes or "-"] if many else []),
                      percent(s["format"]), percent(s["unreadable"]), percent(s["observation"]),
                      "-" if s["length"] is None else f"{s['length']:.0f}",
-                     " / ".join(f"{100 * sections[tag]['share']:.0f}" for tag in sections) or "-",
+                     " / ".join(f"{part['length']:.0f} ({part['share']:.0%})" for part in sections.values()) or "-",
                      percent(s["truncated"])])
     for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
         runs = [s for s in scores if s["benchmark"] == benchmark]
@@ -689,12 +691,8 @@ def compare(argv: list[str]) -> None:
              for group in shown]
     columns = list(dict.fromkeys(column for group in shown for run in group for column in run.problems))
 
-    def cell(found, sign: str = "") -> str:
-        if found is None:
-            return "-"
-        value, bounds, _ = found
-        return f"{100 * value:{sign}.1f}" + (f" [{100 * bounds[0]:{sign}.1f}, {100 * bounds[1]:{sign}.1f}]"
-                                            if bounds else "")
+    def cell(found: tuple | None, sign: str = "") -> str:
+        return percent(*found[:2], sign) if found else "-"
 
     header, rows, drawn_cells = ["setting", "seeds"], [], {column: [] for column in columns}
     trained = any(run.before for group in shown for run in group)
