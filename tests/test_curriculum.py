@@ -19,6 +19,7 @@ from conftest import ROOT, TOY
 from PIL import Image
 
 import curriculum
+import eval
 from curriculum import (
     MIXING,
     PAPER_SHARES,
@@ -246,7 +247,7 @@ def test_a_finished_build_is_not_measured_again(command, raw, tmp_path, monkeypa
     options = ["--data", raw, "--model", MODEL, "--max-tokens", "20", "--keep-simple", "--limit", 4, "--size", 2,
                "--out", tmp_path / "out"]
     command(*options)
-    monkeypatch.setattr(curriculum, "load_both", None)
+    monkeypatch.setattr(eval, "load_policy", None)
     command(*options, "--size", 3)
     assert len(load_records(str(tmp_path / "out"))) == 3
     assert len(load_records(str(tmp_path / "out" / "measured.parquet"))) == 4
