@@ -1,9 +1,11 @@
 """In what order: how hard a problem is, the ladder built from that, and where training stands on it.
 
-    measure        8 rollouts a problem -> difficulty 1 - pass rate, complexity mean response length
-    roll_out       the same for any number of problems and processes, on disk as it comes
+    measure        a problem and its 8 rollouts (eval.roll_out) -> difficulty 1 - pass rate, complexity mean length
     build_ladder   measured problems -> stages 0 .. 8, each mixed from a window of neighbouring difficulty levels
     Curriculum     the batches of one run, easy to hard, and its place among them
+    write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
+    correct        what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
+    write_card     the card of a ladder as a data set; plot_ladder: the three panels of the paper's figure
 
     torchrun curriculum.py --data raw/*.parquet --model MODEL --out ladder/        # killed: the same command goes on
     python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
@@ -26,27 +28,56 @@ Departures and inferences (method.md, section 2):
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
+import csv
 import hashlib
+import html
+import io
 import json
 import os
+import re
 import sys
+import textwrap
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 
-from data import MAX_ANSWER, PROMPTS, Processor, Record, check_prompts, load_records, open_image, save_records, settle
-from eval import correct, evaluate, licence, plot_ladder, read_corrections, with_rollouts, write_card, write_review
-from rewards import check_golds
-from rollout import load_policy
+from data import (
+    MAX_ANSWER,
+    PROMPTS,
+    Processor,
+    Record,
+    check_prompts,
+    load_records,
+    open_image,
+    parse_number,
+    save_records,
+    settle,
+)
+from eval import (
+    PAGE,
+    Result,
+    check_same,
+    data_digest,
+    gold_of,
+    load_both,
+    model_digest,
+    picture_tag,
+    place,
+    roll_out,
+    together,
+    vote,
+    write_json,
+)
+from rewards import answer_matches, check_golds
 
 SAMPLES = 8  # N, rollouts a problem
 DIRECT_TOKENS = 128  # of a direct answer
@@ -77,99 +108,18 @@ PAPER_COMPLEXITY = np.array([154, 165, 173, 179, 198, 210, 224, 236, 248])  # to
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(model, processor: Processor, records: list[Record], *, style: str, max_tokens: int, samples: int = SAMPLES,
-            temperature: float = 1.0, seed: int = 0, max_rows: int = 256) -> Iterator[Record]:
-    """Yield each record with its difficulty, its complexity and, in meta["rollouts"], what they were counted from."""
-    for result in evaluate(model, processor, records, style=style, temperature=temperature, samples=samples,
-                           max_tokens=max_tokens, max_rows=max_rows, seed=seed):
-        # (a longer answer is wrong whatever the gold, and stays so when cut to one character too many)
-        yield with_rollouts(result.record, [
-            {"answer": s.answer and s.answer[:MAX_ANSWER + 1], "correct": s.correct, "tokens": s.tokens}
-            for s in result.samples])
+def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
+    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
+    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
+                   complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
+                   meta=record.meta | {"rollouts": rollouts})
 
 
-def place() -> tuple[int, int]:
-    """Rank of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def together(work: Callable):
-    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints."""
-    rank, world = place()
-    box = [None, None]
-    if rank == 0:
-        try:
-            box[0] = work()
-        except ValueError as error:
-            box[1] = str(error)
-    if world > 1:
-        dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise ValueError(box[1]) if rank == 0 else SystemExit(1)
-    return box[0]
-
-
-def roll_out(folder: Path, name: str, records: list[Record], model_path: str, *, rows: int, seed: int, samples: int,
-             max_pixels: int | None, **sampling) -> list[Record]:
-    """Measure records on all ranks -> all of them measured, in the same order, on every rank.
-
-    The unit of work is a chunk: `rows // samples` records, the same ones and with the same seed whatever the number of
-    processes and whatever is done already, so that its numbers are the same. A finished chunk is a line of
-    folder/name-RANK.jsonl, forced to disk; chunks that any rank of any earlier run finished are not done again.
-    sampling: style, temperature, max_tokens. All processes must see the same folder.
-    """
-    rank, world = place()
-    size = max(1, rows // samples)
-    chunks = [records[start:start + size] for start in range(0, len(records), size)]
-    todo = together(lambda: sorted(set(range(len(chunks))) - set(_finished(folder, name, chunks))))
-    if todo:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        model = load_policy(model_path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        processor = Processor(model_path, max_pixels)
-        total = sum(len(chunks[i]) for i in todo)
-        bar = tqdm(total=len(records), initial=len(records) - total, desc=name, unit="problem", disable=rank > 0)
-        with open(folder / f"{name}-{rank}.jsonl", "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{file.name}: another process still writes to it (left over from a run that was "
-                                 "killed?); end it, or wait for it") from None
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
-                file.write(b"\n")  # the last run was killed inside a line
-            for turn, i in enumerate(todo[rank::world], 1):
-                measured = measure(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
-                                   **sampling)
-                results = [{"id": r.id, "difficulty": r.difficulty, "complexity": r.complexity,
-                            "rollouts": r.meta["rollouts"]} for r in measured]
-                file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                # All ranks are taken to be as far as this one: they have equal shares.
-                bar.update(min(len(chunks[i]) * world, bar.total - bar.n) if turn * world < len(todo) else 0)
-        if world > 1:
-            dist.barrier()
-        bar.update(bar.total - bar.n)
-        bar.close()
-    done = _finished(folder, name, chunks)
-    if missing := len(chunks) - len(done):
-        raise ValueError(f"{folder}: {missing} chunks are not there; do all processes write to the same folder?")
-    return [record for i in range(len(chunks)) for record in done[i]]
-
-
-def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, list[Record]]:
-    """Finished chunks by number. A line that cannot be read was cut when its run was killed: its chunk is not done."""
-    done = {}
-    for file in sorted(folder.glob(f"{name}-*.jsonl")):
-        for line in file.read_bytes().splitlines():
-            try:
-                chunk = json.loads(line)
-            except ValueError:
-                continue
-            i, results = chunk["chunk"], chunk["results"]
-            if i < len(chunks) and [r["id"] for r in results] == [r.id for r in chunks[i]]:
-                done[i] = [with_rollouts(record, r["rollouts"]) for record, r in zip(chunks[i], results)]
-    return done
+def measure(result: Result) -> Record:
+    """A problem's record with its difficulty, its complexity and, in meta["rollouts"], what they were counted from."""
+    # (a longer answer is wrong whatever the gold, and stays so when cut to one character too many)
+    return with_rollouts(result.record, [{"answer": s.answer and s.answer[:MAX_ANSWER + 1], "correct": s.correct,
+                                          "tokens": s.tokens} for s in result.samples])
 
 
 # --- the ladder -------------------------------------------------------------------------------------------------------
@@ -360,6 +310,208 @@ class Curriculum:
         self.position = state["position"]
 
 
+# --- review of golds --------------------------------------------------------------------------------------------------
+
+COLUMNS = ("id", "question", "gold", "majority", "votes", "decision", "new_gold")
+REVIEW = """No rollout met the gold of these {count} problems. The likeliest wrong golds come first: those where the
+rollouts agree most on one other answer. Write into <b>review.csv</b>, column decision: <b>keep</b> (the gold is right),
+<b>drop</b>, or <b>fix</b> with the right answer in new_gold; then run curriculum.py again with
+--corrections review.csv. Rows without a decision stay as they are. Page {links}"""
+
+
+def majority(record: Record) -> tuple[str, int]:
+    """The answer that most of a record's rollouts gave, as the first of them wrote it, and how many gave it."""
+    answers = [rollout["answer"] for rollout in record.meta["rollouts"] if rollout["answer"] is not None]
+    if not answers:
+        return "", 0
+    [(winner, count)] = Counter(vote(answer, record) for answer in answers).most_common(1)
+    return next(answer for answer in answers if vote(answer, record) == winner), count
+
+
+def write_review(records: list[Record], folder: Path, per_page: int = 200) -> None:
+    """Records with meta["rollouts"] -> folder/review.html (then review-2.html, ...) and review.csv, likely wrong first.
+
+    A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
+    """
+    ranked = sorted(((record, *majority(record)) for record in records), key=lambda row: (-row[2], row[0].id))
+    names = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
+    links = " ".join(f'<a href="{name}">{n}</a>' for n, name in enumerate(names, 1))
+    for page, name in enumerate(names):
+        parts = []
+        for record, answer, votes in ranked[page * per_page:(page + 1) * per_page]:
+            given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in record.meta["rollouts"])
+            parts.append(
+                f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
+                f'<small>{html.escape(record.id)}<br>{html.escape(record.source)}</small></div>'
+                f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b></p>'
+                f'<pre class="right">gold: {html.escape(gold_of(record))}</pre>'
+                f'<pre class="wrong">majority, {votes} of {len(record.meta["rollouts"])}: {html.escape(answer)}</pre>'
+                f'<pre>all: {html.escape(given)}</pre></div></section>')
+        intro = REVIEW.format(count=len(ranked), links=links)
+        (folder / name).write_text(PAGE.format(title="Review of golds", intro=intro, body="\n".join(parts)), "utf-8")
+
+    def cell(text: str) -> str:  # on one line, and no formula to a spreadsheet: a model wrote some of these
+        text = " ".join(text.split())
+        return "'" + text if text.startswith(("=", "+", "-", "@")) and parse_number(text) is None else text
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for record, answer, votes in ranked:
+        writer.writerow([record.id, cell(record.text), cell(gold_of(record)), cell(answer),
+                         f"{votes} of {len(record.meta['rollouts'])}", "", ""])
+    content = table.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
+    path = folder / "review.csv"
+    if path.exists() and path.read_bytes() != content:
+        print(f"{path} has been edited; left as it is", file=sys.stderr)
+    else:
+        path.write_bytes(content)
+
+
+def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
+    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
+
+    Raises one ValueError that names every row that cannot be used, by line, with what to do.
+    """
+    known = {record.id: record for record in records}
+    decisions: dict[str, tuple[str, Record | None]] = {}
+    bad = []
+
+    def decide(row: dict) -> None:
+        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
+        decision = decision.lower()
+        if not decision and not gold:
+            return
+        if row_id not in known:
+            raise ValueError(f"the data has no record {row_id!r}; write the id as it was: spreadsheets change some")
+        if row_id in decisions:
+            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
+        if decision not in ("keep", "drop", "fix"):
+            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
+        if bool(gold) != (decision == "fix"):
+            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
+                             "fix with a new_gold")
+        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
+
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
+    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
+    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
+        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
+    for row in table:
+        try:
+            decide(row)
+        except ValueError as error:
+            bad.append(f"line {table.line_num}: {error}")
+    if bad:
+        raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
+    return decisions
+
+
+def with_gold(record: Record, gold: str) -> Record:
+    """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
+    try:
+        return check_golds([replace(record, answer=gold)])[0]
+    except ValueError as error:
+        try:
+            return check_golds([replace(record, answer=gold, answer_type="")])[0]
+        except ValueError:
+            raise error from None
+
+
+def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
+    """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
+    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
+    """
+    corrected = []
+    for record in records:
+        decision, fixed = decisions.get(record.id, ("", None))
+        if fixed is not None:
+            if "rollouts" not in record.meta:
+                raise ValueError(f"record {record.id}: its rollouts' answers are not known, so a new gold cannot be "
+                                 "judged; give the corrections to the build that measured it")
+            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
+                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
+                for r in record.meta["rollouts"]])
+        if decision != "drop":
+            corrected.append(record)
+    return corrected
+
+
+# --- the card of a ladder ---------------------------------------------------------------------------------------------
+
+LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
+            "mathv360k": "none given"}  # as their authors publish them
+HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
+
+
+def licence(source: str) -> str:
+    name = re.sub(r"[^a-z0-9]", "", source.lower())
+    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
+
+
+def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, notes: list[str]) -> None:
+    """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
+
+    counts: tables by level, stage and source; settings: what measured the problems; notes: how the ladder was built,
+    and where it departs from the shares.
+    """
+    licences = {licence(r.source) for r in ladder}
+    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
+    size = next((f"{low}<n<{high}" for low, high, limit in (
+        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
+        "n>1M").removeprefix("<")
+    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
+    path.write_text(f"""---
+pretty_name: A NeuraLadder
+license: {name}
+task_categories:
+- image-text-to-text
+tags:
+- curriculum
+- reasoning
+- reinforcement-learning
+size_categories:
+- {size}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: ladder.parquet
+---
+# A ladder of {len(ladder)} problems
+
+Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
+2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")}
+responses of the model below, `complexity` their mean length in tokens; each stage is mixed from a window of five
+difficulty levels.
+
+![shares and complexity by level, mixing by stage, examples](ladder.png)
+
+    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
+    torchrun train.py --data FOLDER
+
+The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem`, `images`, `answer`).
+
+## What is on it
+
+{counts}
+
+## How it was built
+
+{chr(10).join(f"- {note}" for note in notes)}
+
+## How it was measured
+
+| setting | value |
+|---|---|
+{measured}
+""", encoding="utf-8")
+
+
 # --- from the command line --------------------------------------------------------------------------------------------
 
 def report(ladder: list[Record]) -> str:
@@ -386,6 +538,59 @@ def level_complexity(ladder: list[Record]) -> np.ndarray:
     return np.array([np.mean(level) if level else np.nan for level in levels])
 
 
+def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
+    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
+
+    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
+    """
+    stages, levels = table.shape
+    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
+                                 height_ratios=[5, 3])
+    shares = axes["shares"]
+    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
+    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
+    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
+               xticklabels=names)
+    tokens = shares.twinx()
+    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
+    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
+    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
+    shares.legend(loc="upper left")
+    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
+
+    mix = axes["mixing"]
+    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
+    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
+    for stage in range(stages):
+        for level in range(levels):
+            if table[stage, level] or mixing[stage, level]:
+                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
+                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
+    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
+            xticks=range(levels), xticklabels=names, yticks=range(stages),
+            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
+
+    for level in range(levels):
+        axis = axes[str(level)]
+        axis.set_axis_off()
+        axis.set_anchor("N")
+        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
+                          key=lambda r: (r.complexity, r.id))
+        if at_level:
+            example = at_level[len(at_level) // 2]
+            picture = open_image(example.images[0], example.id)
+            picture.thumbnail((512, 512))
+            axis.imshow(picture)
+            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
+            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
+                           parse_math=False)  # a lone $ of a question would be an error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
+        figure.savefig(path, dpi=100)
+
+
 def draw(ladder: list[Record], path: Path) -> None:
     plot_ladder(ladder, stage_table(ladder), level_complexity(ladder), MIXING, PAPER_SHARES, PAPER_COMPLEXITY, path)
 
@@ -402,27 +607,6 @@ def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record
             else:
                 good[record.id] = record, path
     return settle("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
-
-
-def model_digest(path: str) -> str:
-    """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
-        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
-            with open(file, "rb") as data:
-                digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
-    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})" if Path(path).is_dir() else path
-
-
-def data_digest(records: list[Record]) -> str:
-    """Changes with any change of the texts, and, as it looks into 64 records only, with most changes of pictures."""
-    digest = hashlib.sha256()
-    for i, r in enumerate(records):
-        digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
-        for image in r.images if i % -(-len(records) // 64) == 0 else ():
-            with contextlib.suppress(ValueError):  # (check_prompts will name it)
-                digest.update(open_image(image, r.id).tobytes())
-    return f"{len(records)} problems ({digest.hexdigest()[:12]})"
 
 
 def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
@@ -473,12 +657,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
     settings, old = measured_by(args, records), settings_of(args.out)
-    if old and old["measured_by"] != settings:
-        before = old["measured_by"]
-        changed = [f"  {key}: {before.get(key)} there, {settings.get(key)} now"
-                   for key in before | settings if before.get(key) != settings.get(key)]
-        raise ValueError("\n".join([f"{args.out} holds a build of other data or settings:", *changed,
-                                    "give what it began with, or another --out"]))
+    if old:
+        check_same(args.out, "a build", old["measured_by"], settings)
     if not old and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
         raise ValueError(f"{args.out} is not empty and holds no build of curriculum.py; give another --out")
     dropped = set(old.get("dropped", ()))
@@ -491,9 +671,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     if args.corrections:
         read_corrections(args.corrections, records)
     args.out.mkdir(parents=True, exist_ok=True)
-    part = args.out / f".settings.{os.getpid()}"
-    part.write_text(json.dumps({"measured_by": settings, "dropped": sorted(dropped)}, indent=1))
-    os.replace(part, args.out / "settings.json")
+    write_json(args.out / "settings.json", {"measured_by": settings, "dropped": sorted(dropped)})
     return records, settings
 
 
@@ -571,16 +749,20 @@ def main() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=365))
     records, settings = together(lambda: prepare(args))
     if raw := is_raw(records[0]):
-        options = {"rows": args.rows, "seed": args.seed, "max_pixels": args.max_pixels}
+        def measured(name: str, model: str, **sampling) -> list[Record]:
+            load = partial(load_both, model, args.max_pixels)
+            return [measure(result) for result in roll_out(args.out, name, records, load, rows=args.rows,
+                                                           seed=args.seed, keep_texts=False, **sampling)]
+
         if not args.keep_simple:
-            tried = roll_out(args.out, "direct", records, args.filter_model or args.model, samples=1, temperature=0.0,
-                             style="none", max_tokens=min(DIRECT_TOKENS, args.max_tokens), **options)
+            tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
+                             max_tokens=min(DIRECT_TOKENS, args.max_tokens))
             records = [record for record, answered in zip(records, tried) if answered.difficulty > 0]
             if not records:
                 raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
                                  "--keep-simple with another --out")
-        records = roll_out(args.out, "rollouts", records, args.model, samples=SAMPLES, temperature=args.temperature,
-                           style=args.prompt, max_tokens=args.max_tokens, **options)
+        records = measured("rollouts", args.model, samples=SAMPLES, temperature=args.temperature, style=args.prompt,
+                           max_tokens=args.max_tokens)
     rank, world = place()
     if world > 1:
         dist.destroy_process_group()

@@ -284,6 +284,7 @@ class Dropped(NamedTuple):
     reason: str  # short and stable, to be counted: "null gold"
     detail: str  # where it stands, what is wrong, what to do
     images: tuple = ()  # --exclude needs a benchmark's pictures also where no rule can judge the gold
+    meta: dict = {}  # (never changed) and a benchmark's sub-scores are over all of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +441,7 @@ def _read(tables: Iterable[tuple[str, tuple, Iterator]], convert: Callable[[dict
 def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders: tuple[Path, ...], made_id: str,
           source: str) -> Record | Dropped:
     """One row -> its record, or why it cannot be used; the caller adds where it stands."""
-    record_id, reason, images = made_id, "malformed row", ()  # reason: what it is dropped for if the next lines fail
+    record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
         if not isinstance(row, dict):
@@ -448,7 +449,7 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
         fields = convert({key: value for key, value in row.items() if value is not None})  # a null is a key left out
         if isinstance(fields, Dropped):
             return fields._replace(id=made_id)
-        own_id = str(fields.pop("id", ""))
+        own_id, meta = str(fields.pop("id", "")), fields.get("meta", {})
         record_id = (f"{source}-{own_id}" if source else own_id) if own_id else made_id
         reason = "picture unreadable"
         images = _pictures(fields.pop("images", None), folders)
@@ -465,9 +466,9 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
             raise ValueError(f"{marks} <image> marks for {len(images)} pictures; write a mark for each, or none")
         return record
     except (AttributeError, KeyError, IndexError, OverflowError, TypeError) as error:
-        return Dropped(record_id, reason, f"it is not as {source or 'its format'} writes it: {error!r}", images)
+        return Dropped(record_id, reason, f"it is not as {source or 'its format'} writes it: {error!r}", images, meta)
     except (ValueError, SyntaxError) as error:
-        return Dropped(record_id, reason, str(error), images)
+        return Dropped(record_id, reason, str(error), images, meta)
 
 
 def _tables(path_or_id: str, split: str | None = None) -> Iterator[tuple[str, tuple[Path, ...], Iterator]]:
@@ -1163,7 +1164,7 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
 
     Beside `out`, x.parquet: x.report.json, `about` and the counts; x.dropped.jsonl, a line for each other record.
     """
-    from rewards import check_golds  # (rewards imports this file)
+    from rewards import judged  # (rewards imports this file)
 
     def examine(item: Record | Dropped) -> Record | Dropped:
         if isinstance(item, Dropped):
@@ -1173,12 +1174,6 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
         except ValueError as error:
             return Dropped(item.id, "picture unreadable", str(error))
         return held and held.find(item, images) or item
-
-    def judged(item: Record | Dropped) -> Record | Dropped:
-        try:
-            return item if isinstance(item, Dropped) else check_golds([item])[0]
-        except ValueError as error:
-            return Dropped(item.id, "unverifiable", str(error).split("\n")[1].strip())
 
     def usable() -> Iterator[Record]:
         for batch in batches(tqdm(made, desc=Path(out).name, unit=" records")):

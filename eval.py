@@ -1,53 +1,77 @@
-"""What came of it: held-out problems scored by the judge of training, tables, curves and a page of responses.
+"""What came of it: held-out problems answered, scored by the judge of training, counted, compared and shown.
 
-    evaluate       a model's responses to held-out problems, each with its score
+    evaluate       a model's responses to problems, each with its score
+    roll_out       the same for any number of problems and processes, on disk as it comes (measuring uses it too)
     summarize      accuracy, format, observation accuracy, length: overall and by difficulty level
+    scores_of      all that is told of a benchmark: its published sub-scores, avg@k, maj@k, pass@k, intervals
     before_after   the table that closes a run
+    compare        runs side by side, by setting over seeds, paired by problem
     plot_curves    metrics.jsonl -> curves.png
-    write_page     responses.jsonl -> one HTML file to look through, pictures inside
-    plot_ladder    a ladder -> the three panels of the paper's figure
-    write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
-    correct        what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
-    write_card     the card of a ladder as a data set
+    write_page     groups of responses -> one HTML file to look through, pictures inside
 
-    python eval.py --model CHECKPOINT --benchmark toy
+    torchrun eval.py --model CHECKPOINT --benchmark toy,mathvista,mathverse=PATH --prompt none,think,observe
+    python eval.py --benchmark mathvista --responses answers.jsonl
+    python eval.py compare RUN RUN ...
+
+Departures from the benchmarks' own scripts, each with its reason:
+  1. No judge model, and no random guess where no choice can be read: that is wrong, and counted as unreadable.
+  2. The judge is the one of training (rewards.py). MathVista's own cuts 3.7 down to 3 where an integer is asked for;
+     here 3.0 is 3 and 3.7 is not.
+  3. Accuracy is over all published rows. One whose gold no rule can read is wrong; their number stands in the table.
+  4. Intervals resample problems, not rows: MathVerse's five versions of a problem and We-Math's steps go together.
+Greedy scores depend neither on --rows nor on the processes (but for logits that tie within rounding); sampled ones not
+on the processes, but on --rows, for batches draw from one stream of random numbers.
 """
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
+import fcntl
+import glob
+import hashlib
 import html
 import io
+import itertools
 import json
-import re
+import math
+import os
 import sys
-import textwrap
-import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Iterable, Iterator
+from typing import Callable, Iterator
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 from tqdm import tqdm
 
 from data import (
+    BENCHMARKS,
+    MAX_ANSWER,
     PROMPTS,
+    Dropped,
+    Picture,
     Processor,
     Record,
-    check_prompts,
-    load_records,
+    batches,
     normal_text,
     open_image,
-    option_index,
     parse_number,
+    read_any,
 )
-from rewards import answer_matches, check_golds, score
-from rollout import best_device, load_policy, sample_groups
+from rewards import TAGS, judged, named_option, score, section
+from rollout import load_policy, sample_groups
 
-BENCHMARKS = {"toy": str(Path(__file__).resolve().parent / "assets/toy/test.parquet")}
+TOY = Path(__file__).resolve().parent / "assets/toy/test.parquet"
+PUBLISHED = {"mathvista": 1000, "mathvision": 3040, "mathverse": 3940, "wemath": 1740, "mmmu": 900, "mmstar": 1500}
 
 
 @dataclass(frozen=True)
@@ -59,16 +83,30 @@ class Sample:
     correct: bool
     format: float
     observation: float | None  # share of the picture's facts that <observe> states; None where they are not known
-    tokens: int
+    tokens: int | None  # None: another engine wrote it and did not say
     truncated: bool
+    sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>; None: not counted
 
 
 @dataclass(frozen=True)
 class Result:
-    """One problem and its responses."""
+    """One problem and its responses; none for a problem that cannot be used, which counts as wrong."""
 
-    record: Record
+    record: Record | Dropped
     samples: list[Sample]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the responses that are right."""
+        return mean(s.correct for s in self.samples) or 0.0
+
+    @property
+    def problem(self) -> str:
+        """What is drawn together in an interval: MathVerse's versions of one problem, We-Math's steps of one."""
+        return str(self.record.meta.get("problem_index", self.record.meta.get("ID", self.record.id)))
+
+
+# --- answers of a model -----------------------------------------------------------------------------------------------
 
 
 def evaluate(model, processor: Processor, records: list[Record], *, style: str, temperature: float, samples: int,
@@ -84,17 +122,116 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
                                max_tokens=max_tokens, seed=seed + start, max_rows=max_rows)
         for record, group in zip(chunk, groups):
-            scores = [score(text, record, style) for text in group.texts]
             yield Result(record, [
-                Sample(text, s.answer, bool(s.accuracy), s.format, s.observation, len(response), cut)
-                for text, s, response, cut in zip(group.texts, scores, group.responses, group.truncated)])
+                judge(text, record, style, processor, len(response), cut)
+                for text, response, cut in zip(group.texts, group.responses, group.truncated)])
 
 
-def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
-    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
-    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
-                   complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
-                   meta=record.meta | {"rollouts": rollouts})
+def judge(text: str, record: Record, style: str, processor: Processor | None = None, tokens: int | None = None,
+          truncated: bool = False) -> Sample:
+    """One response -> scored, its sections counted where a processor tells what a token is."""
+    def count(part: str) -> int:
+        return len(processor.tokenizer(part, add_special_tokens=False).input_ids)
+
+    s = score(text, record, style)
+    parts = {tag: count(part) for tag in TAGS["observe"] if (part := section(text, tag))} if processor else None
+    tokens = count(text) if tokens is None and processor else tokens
+    return Sample(text, s.answer, bool(s.accuracy), s.format, s.observation, tokens, truncated, parts)
+
+
+def load_both(path: str, max_pixels: int | None) -> tuple:
+    """Model and processor, on this process's own GPU where there are any."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    model = load_policy(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, Processor(path, max_pixels)
+
+
+def place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(work: Callable):
+    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints."""
+    rank, world = place()
+    box = [None, None]
+    if rank == 0:
+        try:
+            box[0] = work()
+        except ValueError as error:
+            box[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise ValueError(box[1]) if rank == 0 else SystemExit(1)
+    return box[0]
+
+
+def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], tuple], *, rows: int, seed: int,
+             samples: int, keep_texts: bool = True, **sampling) -> list[Result]:
+    """Answer records on all ranks -> all results, in the same order, on every rank.
+
+    The unit of work is a chunk: `rows // samples` records, the same ones and with the same seed whatever the number of
+    processes and whatever is done already, so that its numbers are the same. A finished chunk is a line of
+    folder/name-RANK.jsonl, forced to disk; chunks that any rank of any earlier run finished are not done again.
+    load: gives model and processor, and is called only if there is anything to do. sampling: style, temperature,
+    max_tokens. keep_texts: else only what was extracted from them. All processes must see the same folder.
+    """
+    rank, world = place()
+    size = max(1, rows // samples)
+    chunks = [records[start:start + size] for start in range(0, len(records), size)]
+    todo = together(lambda: sorted(set(range(len(chunks))) - set(_finished(folder, name, chunks))))
+    if todo:
+        model, processor = load()
+        total = sum(len(chunks[i]) for i in todo)
+        bar = tqdm(total=len(records), initial=len(records) - total, desc=name, unit="problem", disable=rank > 0)
+        with open(folder / f"{name}-{rank}.jsonl", "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{file.name}: another process still writes to it (left over from a run that was "
+                                 "killed?); end it, or wait for it") from None
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+                file.write(b"\n")  # the last run was killed inside a line
+            for turn, i in enumerate(todo[rank::world], 1):
+                done = evaluate(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
+                                **sampling)
+                results = [{"id": r.record.id, "samples": [
+                    asdict(s if keep_texts else replace(s, text="", answer=s.answer and s.answer[:MAX_ANSWER + 1]))
+                    for s in r.samples]} for r in done]
+                file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                # All ranks are taken to be as far as this one: they have equal shares.
+                bar.update(min(len(chunks[i]) * world, bar.total - bar.n) if turn * world < len(todo) else 0)
+        if world > 1:
+            dist.barrier()
+        bar.update(bar.total - bar.n)
+        bar.close()
+    done = _finished(folder, name, chunks)
+    if missing := len(chunks) - len(done):
+        raise ValueError(f"{folder}: {missing} chunks are not there; do all processes write to the same folder?")
+    return [result for i in range(len(chunks)) for result in done[i]]
+
+
+def _finished(folder: Path, name: str, chunks: list[list[Record]]) -> dict[int, list[Result]]:
+    """Finished chunks by number. A line that cannot be read was cut when its run was killed: its chunk is not done."""
+    done = {}
+    for file in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*.jsonl")):
+        for line in file.read_bytes().splitlines():
+            try:
+                chunk = json.loads(line)
+            except ValueError:
+                continue
+            i, results = chunk["chunk"], chunk["results"]
+            if i < len(chunks) and [r["id"] for r in results] == [r.id for r in chunks[i]]:
+                done[i] = [Result(record, [Sample(**s) for s in r["samples"]])
+                           for record, r in zip(chunks[i], results)]
+    return done
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def mean(values) -> float | None:
@@ -105,21 +242,69 @@ def mean(values) -> float | None:
 def summarize(results: list[Result]) -> dict:
     """Scores in [0, 1] and mean length in tokens, means over problems of means over samples (avg@k).
 
-    `levels` holds the same for each difficulty level that the problems were measured at.
+    `levels` holds the same for each difficulty level that the problems were measured at; `by_problem` each accuracy.
     """
     def scores(part: list[Result]) -> dict:
         def over(get) -> float | None:
             return mean(mean(get(s) for s in r.samples) for r in part)
 
-        return {"problems": len(part), "accuracy": over(lambda s: s.correct), "format": over(lambda s: s.format),
+        return {"problems": len(part), "accuracy": mean(r.accuracy for r in part), "format": over(lambda s: s.format),
                 "observation": over(lambda s: s.observation), "length": over(lambda s: s.tokens),
                 "truncated": over(lambda s: s.truncated), "unreadable": over(lambda s: s.answer is None)}
 
     levels: dict[float, list[Result]] = {}
     for result in results:
-        if result.record.difficulty is not None:
+        if isinstance(result.record, Record) and result.record.difficulty is not None:
             levels.setdefault(result.record.difficulty, []).append(result)
-    return scores(results) | {"levels": {f"{level:.3f}": scores(levels[level]) for level in sorted(levels)}}
+    return scores(results) | {"levels": {f"{level:.3f}": scores(levels[level]) for level in sorted(levels)},
+                              "by_problem": {r.record.id: r.accuracy for r in results}}
+
+
+def interval(groups: list[list[Result]], get: Callable[[Result], float] = lambda r: r.accuracy, draws: int = 2000,
+             seed: int = 0) -> list[float] | None:
+    """95% bootstrap interval of the mean over groups of each group's mean: problems are drawn anew, with all their
+    versions and samples. None for a single problem.
+    """
+    index = {problem: i for i, problem in enumerate(sorted({r.problem for group in groups for r in group}))}
+    sums, counts = np.zeros((2, len(index), len(groups)))
+    for column, group in enumerate(groups):
+        for result in group:
+            sums[index[result.problem], column] += get(result)
+            counts[index[result.problem], column] += 1
+    if len(index) < 2:
+        return None
+    times = drawn(np.random.default_rng(seed), len(index), draws)
+    with np.errstate(invalid="ignore"):  # 0 / 0: a draw without any problem of a group
+        means = np.nanmean((times @ sums) / (times @ counts), axis=1)
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def drawn(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
+    """[draws, count] how often each of `count` things is drawn, in `count` draws with replacement."""
+    return rng.multinomial(count, np.full(count, 1 / count), draws).astype(float)
+
+
+def vote(answer: str, record: Record) -> str:
+    """What equal answers share: the option's letter, the number, or the text."""
+    answer = answer[:MAX_ANSWER + 1]
+    option = named_option(answer, record.choices) if record.answer_type == "choice" else None
+    if option is not None:
+        return ascii_uppercase[option]
+    number = parse_number(answer)
+    return normal_text(answer) if number is None else f"{number:.6g}"
+
+
+def majority_right(result: Result) -> float:
+    """1 or 0: is the answer that most samples give right? Tied answers share; what cannot be read has no vote."""
+    votes = [(vote(s.answer, result.record), s.correct) for s in result.samples if s.answer is not None]
+    counts = Counter(answer for answer, _ in votes)
+    return mean(right for answer, right in votes if counts[answer] == max(counts.values())) or 0.0
+
+
+def pass_at(result: Result, k: int) -> float:
+    """Chance that one of k of the n samples, c of them right, is right: 1 - C(n - c, k) / C(n, k), unbiased."""
+    n, c = len(result.samples), sum(s.correct for s in result.samples)
+    return 1 - math.comb(n - c, k) / math.comb(n, k) if n else 0.0
 
 
 def before_after(before: dict, after: dict) -> str:
@@ -140,6 +325,170 @@ def before_after(before: dict, after: dict) -> str:
         cells = [change(pick(before[kind])[key], pick(after[kind])[key], percent) for key, kind, percent in columns]
         lines.append(f"{level:>10}  {pick(after['greedy'])['problems']:8d}  " + "  ".join(f"{c:>18}" for c in cells))
     return "\n".join(lines)
+
+
+# --- the benchmarks' own sub-scores -----------------------------------------------------------------------------------
+
+TASKS = {"figure question answering": "FQA", "geometry problem solving": "GPS", "math word problem": "MWP",
+         "textbook question answering": "TQA", "visual question answering": "VQA"}  # of MathVista
+DOMAINS = {subject: domain for domain, subjects in {  # of MMMU
+    "Art & Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health & Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
+                         "Public_Health",
+    "Humanities & Social Science": "History Literature Psychology Sociology",
+    "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
+                          "Materials Mechanical_Engineering"}.items() for subject in subjects.split()}
+MEAN_OVER = {"mathverse": "version", "mmstar": "category"}  # these report the mean of their parts
+
+
+def parts_of(benchmark: str, row: Record | Dropped) -> list[tuple[str, str]]:
+    """Which parts of its benchmark a row counts in: (what kind of part, its name)."""
+    meta = row.meta
+    if benchmark == "mathvista":
+        task = meta.get("task")
+        parts = [("task", TASKS.get(task, task)), *(("skill", skill) for skill in meta.get("skills", []))]
+    elif benchmark == "mathvision":
+        parts = [("level", meta.get("level")), ("subject", meta.get("subject"))]
+    elif benchmark == "mathverse":
+        parts = [("version", meta.get("problem_version"))]
+    elif benchmark == "wemath":
+        key = meta.get("key")
+        parts = [("steps", key and (f"S{key[0]}" if key.endswith("multi") else "S1"))]
+    elif benchmark == "mmmu":
+        subject = meta.get("subject")
+        parts = [("domain", DOMAINS.get(subject)), ("subject", subject)]
+    elif benchmark == "mmstar":
+        parts = [("category", meta.get("category"))]
+    else:
+        level, source = getattr(row, "difficulty", None), getattr(row, "source", None)
+        parts = [("difficulty", None if level is None else f"{level:.3f}"), ("source", source or None)]
+    return [(kind, str(name)) for kind, name in parts if name is not None]
+
+
+def four_way(results: list[Result]) -> dict:
+    """We-Math's metric over the rows of one ID: M, the problem of several steps, is right; all / any: its single steps.
+
+    IG = all and not M; IK = not all and not M; strict CM = all and M, RM = not all and M; loose CM = any and M, RM =
+    not any and M; score = CM + IG / 2 = (N - IG / 2 - RM - IK) / N, with N = 525 IDs. RM_rate, RM / (RM + CM), is what
+    the authors print as RM. Means over the samples. IDs whose rows are not all there (--limit) are left out.
+    """
+    by_id: dict[str, dict[str, Result]] = {}
+    for result in results:
+        if {"ID", "key"} <= result.record.meta.keys():
+            by_id.setdefault(result.record.meta["ID"], {})[result.record.meta["key"]] = result
+    whole = []  # (M, its steps)
+    for rows in by_id.values():
+        multi = next((key for key in rows if key.endswith("multi")), None)
+        if multi and len(rows) == 1 + int(multi[0]):
+            whole.append((rows[multi], [row for key, row in rows.items() if key != multi]))
+    if not whole:
+        return {}
+
+    def shares(taken: Callable, m: Result, steps: list[Result]) -> dict[str, float]:
+        n = max(1, max(len(row.samples) for row in (m, *steps)))
+
+        def right(row: Result, i: int) -> bool:
+            return i < len(row.samples) and row.samples[i].correct
+
+        kinds = Counter()
+        for i in range(n):
+            steps_right = [right(step, i) for step in steps]
+            kinds[("CM" if taken(steps_right) else "RM") if right(m, i) else
+                  "IG" if all(steps_right) else "IK"] += 1 / n
+        return {kind: kinds[kind] for kind in ("CM", "IG", "IK", "RM")}
+
+    found: dict = {"ids": len(whole)}
+    for name, taken in (("strict", all), ("loose", any)):
+        each = {m.record.id: shares(taken, m, steps) for m, steps in whole}
+        scores = {kind: mean(share[kind] for share in each.values()) for kind in ("CM", "IG", "IK", "RM")}
+        found[name] = {"score": scores["CM"] + scores["IG"] / 2, **scores,
+                       "RM_rate": scores["RM"] / (scores["RM"] + scores["CM"]) if scores["RM"] else 0.0,
+                       "interval": interval([[m for m, _ in whole]], lambda r, each=each:
+                                            each[r.record.id]["CM"] + each[r.record.id]["IG"] / 2)}
+    return found
+
+
+def scores_of(benchmark: str, results: list[Result]) -> dict:
+    """All that is told of a benchmark's results in one prompt style and sampling; shares and scores in [0, 1]."""
+    n = max(len(r.samples) for r in results)
+    found = summarize(results) | {
+        "interval": interval([results]), "samples": n, "majority": mean(map(majority_right, results)),
+        "pass": {k: mean(pass_at(r, k) for r in results) for k in sorted({2**i for i in range(n.bit_length())} | {n})
+                 if 0 < k <= n},
+        "unusable": sum(isinstance(r.record, Dropped) for r in results), "published": PUBLISHED.get(benchmark)}
+    lengths = {tag: mean(mean(s.sections.get(tag, 0) for s in r.samples if s.sections is not None) for r in results)
+               for tag in TAGS["observe"]}
+    found["sections"] = {tag: {"length": length, "share": length / found["length"]}
+                         for tag, length in lengths.items() if length is not None and found["length"]}
+    parts: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        for kind, name in parts_of(benchmark, result.record):
+            parts.setdefault(kind, {}).setdefault(name, []).append(result)
+    found["parts"] = {kind: {name: {"problems": len(rows), "accuracy": mean(r.accuracy for r in rows),
+                                    "interval": interval([rows])} for name, rows in sorted(named.items())}
+                      for kind, named in parts.items()}
+    if (kind := MEAN_OVER.get(benchmark)) in parts:
+        found["mean_over_parts"] = {"parts": len(parts[kind]), "interval": interval(list(parts[kind].values())),
+                                    "accuracy": mean(part["accuracy"] for part in found["parts"][kind].values())}
+    if benchmark == "wemath":
+        found["four_way"] = four_way(results)
+    return found
+
+
+def percent(value: float | None, interval: list[float] | None = None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    value, *ends = (f"{100 * v:{sign}.1f}" for v in (value, *(interval or ())))
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table that Markdown and a person at a terminal can read."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def tables(scores: list[dict]) -> str:
+    """What eval.py prints: a row for each benchmark, prompt style and sampling; then each benchmark's sub-scores."""
+    many = any(s["samples"] > 1 for s in scores)
+    header = ["benchmark", "prompt", "sampling", "problems", "accuracy %, 95% interval",
+              *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
+              "of these <observe> / <think> / <answer>", "cut off %"]
+    rows, parts = [], []
+    for s in scores:
+        k, sections = s["samples"], s["sections"]
+        passes = "  ".join(f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1)
+        rows.append([s["benchmark"], s["prompt"], f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"],
+                     str(s["problems"]), percent(s["accuracy"], s["interval"]),
+                     *([percent(s["majority"]) if k > 1 else "-", passes or "-"] if many else []),
+                     percent(s["format"]), percent(s["unreadable"]), percent(s["observation"]),
+                     "-" if s["length"] is None else f"{s['length']:.0f}",
+                     " / ".join(f"{part['length']:.0f} ({part['share']:.0%})" for part in sections.values()) or "-",
+                     percent(s["truncated"])])
+    for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
+        runs = [s for s in scores if s["benchmark"] == benchmark]
+        lines = [[f"{kind}: {name}", str(part["problems"]),
+                  *(percent(s["parts"][kind][name]["accuracy"], s["parts"][kind][name]["interval"]) for s in runs)]
+                 for kind, named in runs[0]["parts"].items() for name, part in named.items()]
+        if mean_of := runs[0].get("mean_over_parts"):
+            lines.append([f"mean over {mean_of['parts']} {MEAN_OVER[benchmark]} scores", str(runs[0]["problems"]), *(
+                percent(s["mean_over_parts"]["accuracy"], s["mean_over_parts"]["interval"]) for s in runs)])
+        if four := runs[0].get("four_way"):
+            for name, key in itertools.product(("strict", "loose"), ("score", "CM", "IG", "IK", "RM", "RM_rate")):
+                ways = [s["four_way"][name] for s in runs]
+                lines.append([f"{name} {key.replace('_', ' ')}", f"{four['ids']} IDs",
+                              *(percent(way[key], way["interval"] if key == "score" else None) for way in ways)])
+        if lines:
+            parts += ["", markdown([benchmark, "problems", *(f"{s['prompt']}, {s['sampling']}" for s in runs)], lines)]
+        if runs[0]["unusable"]:
+            parts.append(f"{benchmark}: {runs[0]['unusable']} of {runs[0]['problems']} problems cannot be used (most "
+                         "often no rule can read the gold); they count as wrong. unusable.jsonl names them.")
+        if runs[0]["published"] not in (None, runs[0]["problems"]):
+            parts.append(f"{benchmark}: these are {runs[0]['problems']} of {runs[0]['published']} published problems.")
+    return "\n".join([markdown(header, rows), *parts])
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -178,72 +527,23 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
-    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
-
-    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
-    """
-    stages, levels = table.shape
-    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
-                                 height_ratios=[5, 3])
-    shares = axes["shares"]
-    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
-    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
-    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
-               xticklabels=names)
-    tokens = shares.twinx()
-    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
-    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
-    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
-    shares.legend(loc="upper left")
-    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
-
-    mix = axes["mixing"]
-    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
-    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
-    for stage in range(stages):
-        for level in range(levels):
-            if table[stage, level] or mixing[stage, level]:
-                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
-                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
-    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
-            xticks=range(levels), xticklabels=names, yticks=range(stages),
-            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
-
-    for level in range(levels):
-        axis = axes[str(level)]
-        axis.set_axis_off()
-        axis.set_anchor("N")
-        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
-                          key=lambda r: (r.complexity, r.id))
-        if at_level:
-            example = at_level[len(at_level) // 2]
-            picture = open_image(example.images[0], example.id)
-            picture.thumbnail((512, 512))
-            axis.imshow(picture)
-            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
-            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
-                           parse_math=False)  # a lone $ of a question would be an error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        figure.savefig(path, dpi=100)
-
-
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }}
 section {{ border-top: 1px solid #ccc; padding: 1rem 0; display: grid; grid-template-columns: 15rem 1fr; gap: 1.5rem }}
 img {{ min-width: 7rem; max-width: 15rem; max-height: 15rem; border: 1px solid #ddd; image-rendering: pixelated }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; padding: .4rem .6rem; background: #f6f6f6 }}
 .right {{ border-left: 4px solid #2a9d4a }} .wrong {{ border-left: 4px solid #d04040 }}
+.unreadable {{ border-left: 4px solid #999 }} [hidden] {{ display: none }}
 small {{ color: #666; display: block }} label {{ margin-right: 1rem }}
-body.hide-right pre.right, body.hide-wrong pre.wrong {{ display: none }}
 </style><h1>{title}</h1><p>{intro}</p>
 {body}"""
-SWITCHES = """Groups sampled along the run, in order. Green: right; red: wrong.
-<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-right')"> right</label>
-<label><input type="checkbox" checked onchange="document.body.classList.toggle('hide-wrong')"> wrong</label>"""
+SWITCHES = """<script>
+function show(kind, on) {
+  document.querySelectorAll("pre." + kind).forEach(e => e.hidden = !on);
+  document.querySelectorAll("section").forEach(e => e.hidden = !e.querySelector("pre:not([hidden])"));
+}</script>""" + " ".join(
+    f"""<label><input type="checkbox" checked onchange="show('{kind}', this.checked)"> {kind} ({colour})</label>"""
+    for kind, colour in (("right", "green"), ("wrong", "red"), ("unreadable", "grey")))
 
 
 def picture_tag(record: Record, image) -> str:
@@ -261,273 +561,523 @@ def gold_of(record: Record) -> str:
 
 
 def write_page(lines: list[dict], records: dict[str, Record], path: Path, title: str, limit: int = 300) -> None:
-    """Lines of responses.jsonl -> one HTML file without outside parts; at most `limit` groups, spread over the run.
+    """Lines of training's responses.jsonl, or of an evaluation -> one HTML file without outside parts; at most `limit`
+    groups, spread over the run; to be filtered by right, wrong, unreadable.
 
     All text is escaped: what a model writes cannot become markup.
     """
-    if len(lines) > limit:
-        lines = [lines[i * len(lines) // limit] for i in range(limit)]
+    def worth(r: dict) -> str:
+        if "reward" not in r:
+            return "" if r["answer"] is None else f"answer: {html.escape(r['answer'][:200])}; "
+        return (f"reward {r['reward']:.2f} = accuracy {r['accuracy']:.0f}, format {r['format']:.0f}, "
+                f"bonus {r['bonus']:.1f}; advantage {r['advantage']:+.2f}; ")
+
+    kept = [lines[i * len(lines) // limit] for i in range(limit)] if len(lines) > limit else lines
     parts = []
-    for line in lines:
+    for line in kept:
         record = records[line["id"]]
         responses = "".join(
-            f'<pre class="{"right" if r["accuracy"] else "wrong"}">{html.escape(r["text"])}'
-            f'<small>reward {r["reward"]:.2f} = accuracy {r["accuracy"]:.0f}, format {r["format"]:.0f}, '
-            f'bonus {r["bonus"]:.1f}; advantage {r["advantage"]:+.2f}; {r["tokens"]} tokens</small></pre>'
-            for r in line["responses"])
-        stage = "" if line["stage"] is None else f", stage {line['stage']}"
+            f'<pre class="{"right" if r["accuracy"] else "unreadable" if r.get("answer", "") is None else "wrong"}">'
+            f'{html.escape(r["text"])}<small>{worth(r)}{r["tokens"]} tokens</small></pre>' for r in line["responses"])
+        stage = "" if line.get("stage") is None else f", stage {line['stage']}"
+        where = f"step {line['step']}{stage}, weight {line['weight']:.2f}, " if "step" in line else ""
         parts.append(
             f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
-            f'<small>step {line["step"]}{stage}, problem {html.escape(record.id)}, weight {line["weight"]:.2f}</small>'
-            '</div>'
+            f'<small>{where}problem {html.escape(line["id"])}</small></div>'
             f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b><br>'
             f'gold: {html.escape(gold_of(record))}</p>'
             f'{responses}</div></section>')
-    path.write_text(PAGE.format(title=html.escape(title), intro=SWITCHES, body="\n".join(parts)), encoding="utf-8")
+    intro = f"{len(kept)} of {len(lines)} groups of responses, spread evenly, in order. {SWITCHES}"
+    path.write_text(PAGE.format(title=html.escape(title), intro=intro, body="\n".join(parts)), encoding="utf-8")
 
 
-# --- review of golds --------------------------------------------------------------------------------------------------
+# --- runs side by side ------------------------------------------------------------------------------------------------
 
-COLUMNS = ("id", "question", "gold", "majority", "votes", "decision", "new_gold")
-REVIEW = """No rollout met the gold of these {count} problems. The likeliest wrong golds come first: those where the
-rollouts agree most on one other answer. Write into <b>review.csv</b>, column decision: <b>keep</b> (the gold is right),
-<b>drop</b>, or <b>fix</b> with the right answer in new_gold; then run curriculum.py again with
---corrections review.csv. Rows without a decision stay as they are. Page {links}"""
+UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses")  # what runs of one setting may differ in
 
 
-def majority(record: Record) -> tuple[str, int]:
-    """The answer that most of a record's rollouts gave, as the first of them wrote it, and how many gave it."""
-    def vote(answer: str) -> str:  # what equal answers share: the option's letter, the number, or the text
-        option = option_index(answer, record.choices) if record.answer_type == "choice" else None
-        if option is not None:
-            return ascii_uppercase[option]
-        number = parse_number(answer)
-        return normal_text(answer) if number is None else f"{number:.6g}"
+@dataclass(frozen=True)
+class Run:
+    """What one run of train.py, or one prompt style of an evaluation, came to."""
 
-    answers = [rollout["answer"] for rollout in record.meta["rollouts"] if rollout["answer"] is not None]
-    if not answers:
-        return "", 0
-    [(winner, count)] = Counter(map(vote, answers)).most_common(1)
-    return next(answer for answer in answers if vote(answer) == winner), count
+    folder: Path
+    seed: str
+    settings: dict  # without the seed
+    problems: dict[str, dict[str, tuple[str, float]]]  # column of the table -> id -> (what is drawn together, accuracy)
+    before: dict[str, dict[str, tuple[str, float]]] = field(default_factory=dict)  # the same, before training
 
 
-def write_review(records: list[Record], folder: Path, per_page: int = 200) -> None:
-    """Records with meta["rollouts"] -> folder/review.html (then review-2.html, ...) and review.csv, likely wrong first.
+def read_runs(folder: Path) -> list[Run]:
+    """The runs in a folder that train.py or eval.py left: one, or one for each prompt style."""
+    try:
+        scores = json.loads((folder / "scores.json").read_text())
+        config = {} if "settings" in scores else json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
+    if config:
+        test = Path(config["test"])
+        label = "toy" if test.parts[-2:] == TOY.parts[-2:] else test.stem
 
-    A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
+        def columns(ends: dict) -> dict:  # (a run of an older version has no by_problem)
+            return {f"{label}, {name}": {key: (key, value) for key, value in
+                                         summary.get("by_problem", {"": summary["accuracy"]}).items()}
+                    for name, summary in (("greedy", ends["greedy"]), ("T=1", ends["sampled"]))}
+
+        settings = {key: value for key, value in config.items() if key not in UNEQUAL or key == "model"}
+        return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]))]
+    asked = scores["settings"]
+    trained = asked["trained"] or {}
+    settings = {key: value for key, value in asked.items() if key not in UNEQUAL} | {
+        f"trained with {key}": value for key, value in trained.items() if key not in UNEQUAL or key == "model"}
+    settings |= {} if trained else {"model": asked["model"] or asked["responses"]}
+    sums: dict[tuple, list] = {}  # (prompt, column, id) -> problem, right answers, answers
+    with open(folder / "responses.jsonl") as lines:
+        for line in map(json.loads, lines):
+            column = f"{line['benchmark']}, {line['sampling']}"
+            found = sums.setdefault((line["prompt"], column, line["id"]), [line["problem"], 0, 0])
+            found[1:] = found[1] + line["right"], found[2] + 1
+    runs: dict[str, dict] = {}
+    for (prompt, column, key), (problem, right, count) in sums.items():
+        runs.setdefault(prompt, {}).setdefault(column, {})[key] = problem, right / count
+    seed = f"{trained.get('seed', '')}/{asked['seed']}"
+    return [Run(folder, seed, settings | {"prompt": prompt}, problems) for prompt, problems in runs.items()]
+
+
+def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int = 0):
+    """Mean accuracy of runs, minus that of the base runs where there are any, over the problems that all of them
+    have; runs and base: {id: (what is drawn together, accuracy)} for each seed.
+
+    -> mean, its 95% bootstrap interval (None where there is nothing to draw), problems; None without common problems.
+    Problems are drawn once for both sides, which pairs them; so are the seeds of each side, where it has several.
     """
-    ranked = sorted(((record, *majority(record)) for record in records), key=lambda row: (-row[2], row[0].id))
-    names = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
-    links = " ".join(f'<a href="{name}">{n}</a>' for n, name in enumerate(names, 1))
-    for page, name in enumerate(names):
-        parts = []
-        for record, answer, votes in ranked[page * per_page:(page + 1) * per_page]:
-            given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in record.meta["rollouts"])
-            parts.append(
-                f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
-                f'<small>{html.escape(record.id)}<br>{html.escape(record.source)}</small></div>'
-                f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b></p>'
-                f'<pre class="right">gold: {html.escape(gold_of(record))}</pre>'
-                f'<pre class="wrong">majority, {votes} of {len(record.meta["rollouts"])}: {html.escape(answer)}</pre>'
-                f'<pre>all: {html.escape(given)}</pre></div></section>')
-        intro = REVIEW.format(count=len(ranked), links=links)
-        (folder / name).write_text(PAGE.format(title="Review of golds", intro=intro, body="\n".join(parts)), "utf-8")
+    ids = sorted(set.intersection(*(set(run) for run in [*runs, *base])))
+    if not ids:
+        return None
+    names = {name: i for i, name in enumerate(sorted({runs[0][key][0] for key in ids}))}
+    rng = np.random.default_rng(seed)
+    weights = drawn(rng, len(names), draws)[:, [names[runs[0][key][0]] for key in ids]]  # [draws, problems]
 
-    def cell(text: str) -> str:  # on one line, and no formula to a spreadsheet: a model wrote some of these
-        text = " ".join(text.split())
-        return "'" + text if text.startswith(("=", "+", "-", "@")) and parse_number(text) is None else text
+    def side(part: list[dict]) -> tuple[float, np.ndarray]:
+        scores = np.array([[run[key][1] for key in ids] for run in part])  # [seeds, problems]
+        return scores.mean(), drawn(rng, len(part), draws) / len(part) @ scores
 
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for record, answer, votes in ranked:
-        writer.writerow([record.id, cell(record.text), cell(gold_of(record)), cell(answer),
-                         f"{votes} of {len(record.meta['rollouts'])}", "", ""])
-    content = table.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
-    path = folder / "review.csv"
-    if path.exists() and path.read_bytes() != content:
-        print(f"{path} has been edited; left as it is", file=sys.stderr)
+    (center, values), (base_center, base_values) = side(runs), side(base) if base else (0.0, 0.0)
+    means = ((values - base_values) * weights).sum(1) / weights.sum(1)
+    bounds = np.percentile(means, [2.5, 97.5]).tolist() if len(names) > 1 or len(runs) > 1 else None
+    return center - base_center, bounds, len(ids)
+
+
+def compare(argv: list[str]) -> None:
+    """Print and save, in Markdown, what runs came to, by setting over seeds; draw it."""
+    parser = argparse.ArgumentParser(prog="eval.py compare", description="Set runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py or eval.py left; the "
+                        "first one's setting is what the others are compared with")
+    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder for compare.md and compare.png")
+    args = parser.parse_args(argv)
+    groups: dict[str, list[Run]] = {}
+    for folder in args.runs:
+        for run in read_runs(folder):
+            group = groups.setdefault(json.dumps(run.settings, sort_keys=True), [])
+            if twin := next((other for other in group if other.seed == run.seed), None):
+                raise ValueError(f"{twin.folder} and {run.folder} are of the same settings and seed; give one of them "
+                                 "(a run counted twice would make its interval too small)")
+            group.append(run)
+    shown = list(groups.values())
+    keys = dict.fromkeys(key for group in shown for key in group[0].settings)
+    differ = [key for key in keys if len({json.dumps(group[0].settings.get(key)) for group in shown}) > 1]
+    short = [key for key in differ if not key.startswith("data ")]
+    names = [", ".join(f"{key} {_short(group[0].settings.get(key))}" for key in short) if 0 < len(short) < 4 else
+             group[0].folder.name + (f", prompt {group[0].settings.get('prompt')}" if "prompt" in short else "")
+             for group in shown]
+    columns = list(dict.fromkeys(column for group in shown for run in group for column in run.problems))
+
+    def cell(found: tuple | None, sign: str = "") -> str:
+        return percent(*found[:2], sign) if found else "-"
+
+    header, rows, drawn_cells = ["setting", "seeds"], [], {column: [] for column in columns}
+    trained = any(run.before for group in shown for run in group)
+    for column in columns:
+        header += [f"{column}, %", *(["gain by training"] if trained else []),
+                   *(["against the first", "paired problems"] if len(shown) > 1 else [])]
+    for name, group in zip(names, shown):
+        row = [name, str(len(group))]
+        for column in columns:
+            having = [run for run in group if column in run.problems]
+            score = difference([run.problems[column] for run in having], []) if having else None
+            gain = difference([run.problems[column] for run in having], [run.before[column] for run in having]
+                              ) if having and all(column in run.before for run in having) else None
+            base = [run.problems[column] for run in shown[0] if column in run.problems]
+            against = difference([run.problems[column] for run in having], base) if (
+                having and base and group is not shown[0]) else None
+            drawn_cells[column].append(score)
+            row += [cell(score), *([cell(gain, "+")] if trained else []),
+                    *([cell(against, "+"), str(against[2]) if against else "-"] if len(shown) > 1 else [])]
+        rows.append(row)
+    text = [markdown(header, rows), "", "Accuracy in %, with 95% intervals: bootstrap over problems and, where a "
+            "setting has several, over seeds (too narrow with two or three). Differences are paired by problem."]
+    if differ:
+        text += ["", markdown(["differs", *names], [[key, *(_short(g[0].settings.get(key)) for g in shown)]
+                                                    for key in differ])]
+    for run in (run for group in shown for run in group):
+        if any("" in problems for problems in run.problems.values()):
+            text.append(f"{run.folder} keeps no scores by problem: it cannot be paired.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "compare.md").write_text("\n".join(text) + "\n")
+    figure = Figure(figsize=(5 * len(columns) + 2, 1.5 + .4 * len(names)), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
+        for y, found in enumerate(drawn_cells[column]):
+            if found:
+                value, bounds, _ = found
+                axis.plot(bounds or [value, value], [y, y], color="C0", linewidth=2)
+                axis.plot(value, y, "o", color="C0")
+        axis.set(title=f"{column}: accuracy, 95% interval", yticks=range(len(names)), ylim=(len(names) - .5, -.5))
+        axis.set_yticklabels(names, parse_math=False)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    figure.savefig(args.out / "compare.png", dpi=110)
+    print(*text, "", f"-> {args.out}", sep="\n")
+
+
+def _short(value) -> str:
+    return str(value if value not in (None, "") else "-").replace("|", "/")
+
+
+# --- from the command line --------------------------------------------------------------------------------------------
+
+
+def model_digest(path: str) -> str:
+    """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
+            with open(file, "rb") as data:
+                digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
+    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})" if Path(path).is_dir() else path
+
+
+def data_digest(records: list[Record]) -> str:
+    """Changes with any change of the texts, and, as it looks into 64 records only, with most changes of pictures."""
+    digest = hashlib.sha256()
+    for i, r in enumerate(records):
+        digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
+        for image in r.images if i % -(-len(records) // 64) == 0 else ():
+            with contextlib.suppress(ValueError):  # (check_prompts will name it)
+                digest.update(open_image(image, r.id).tobytes())
+    return f"{len(records)} problems ({digest.hexdigest()[:12]})"
+
+
+def check_same(folder: Path, what: str, before: dict, now: dict) -> None:
+    """Raise ValueError, naming what changed, when a folder holds another run than the one to go on with."""
+    changed = [f"  {key}: {before.get(key)} there, {now.get(key)} now" for key in before | now
+               if before.get(key) != now.get(key)]
+    if changed:
+        raise ValueError("\n".join([f"{folder} holds {what} of other data or settings:", *changed,
+                                    "give what it began with, or another --out"]))
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the table."""
+
+    benchmark: str
+    prompt: str
+    sampling: str  # greedy, T=1, ..., or given: by another engine
+    temperature: float
+    samples: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.benchmark}-{self.prompt}-{self.sampling}"
+
+
+def samplings(benchmark: str, args: argparse.Namespace) -> list[tuple[str, float, int]]:
+    """(name, temperature, samples) of each: greedy, unless told otherwise; the built-in world at temperature 1 too."""
+    if args.responses:
+        return [("given", 0.0, 0)]
+    if args.temperature is None and args.samples is None:
+        return [("greedy", 0.0, 1), *([("T=1", 1.0, 4)] if args.both or benchmark == "toy" else [])]
+    temperature = 1.0 if args.temperature is None else args.temperature
+    if temperature == 0 and (args.both or (args.samples or 1) > 1):
+        raise ValueError("--temperature 0 is greedy: all samples would be the same; give a temperature above 0")
+    if temperature == 0:
+        return [("greedy", 0.0, 1)]
+    sampled = f"T={temperature:g}", temperature, args.samples or (4 if args.both else 1)
+    return [("greedy", 0.0, 1), sampled] if args.both else [sampled]
+
+
+def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dropped]]:
+    """`toy`, a benchmark, benchmark=PATH, or any file -> its name and its rows, in the published order."""
+    name, _, path = spec.partition("=")
+    if name in BENCHMARKS:
+        made = BENCHMARKS[name](path or None)
+    elif spec == "toy" or Path(spec).exists() or "@" in spec:
+        name, made = Path(spec).stem, read_any(str(TOY) if spec == "toy" else spec)
     else:
-        path.write_bytes(content)
+        raise ValueError(f"--benchmark {spec}: no benchmark of that name (there are toy, {', '.join(BENCHMARKS)}; "
+                         "name=PATH reads a local copy), no file or folder here, and no hub id with its split "
+                         "(org/name@test)")
+    rows = [judged(row) for row in itertools.islice(tqdm(made, desc=f"reading {name}", unit=" records"), limit)]
+    if not rows:
+        raise ValueError(f"--benchmark {spec}: holds no records")
+    return name, rows
 
 
-def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
-    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
-
-    Raises one ValueError that names every row that cannot be used, by line, with what to do.
-    """
-    known = {record.id: record for record in records}
-    decisions: dict[str, tuple[str, Record | None]] = {}
-    bad = []
-
-    def decide(row: dict) -> None:
-        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
-        decision = decision.lower()
-        if not decision and not gold:
-            return
-        if row_id not in known:
-            raise ValueError(f"the data has no record {row_id!r}; write the id as it was: spreadsheets change some")
-        if row_id in decisions:
-            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
-        if decision not in ("keep", "drop", "fix"):
-            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
-        if bool(gold) != (decision == "fix"):
-            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
-                             "fix with a new_gold")
-        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
-
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
-    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
-        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
-    for row in table:
+def encoded_lengths(rows: list[Record | Dropped], processor: Processor | None) -> tuple[list, list[int]]:
+    """Encode every record once, which finds broken pictures before hours are lost -> the rows, those that cannot be
+    fed dropped, and the length of each prompt."""
+    def encode(row: Record | Dropped):
         try:
-            decide(row)
+            return row, len(processor.encode(row, "observe").ids) if processor and isinstance(row, Record) else 0
         except ValueError as error:
-            bad.append(f"line {table.line_num}: {error}")
-    if bad:
-        raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
-    return decisions
+            return Dropped(row.id, "cannot be fed", str(error), row.images, row.meta), 0
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+        pairs = list(tqdm(pool.map(encode, rows), total=len(rows), desc="checking", unit="problem"))
+    return [row for row, _ in pairs], [length for _, length in pairs]
 
 
-def with_gold(record: Record, gold: str) -> Record:
-    """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
+def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]], dict[str, list[int]], list[Job]]:
+    """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
+    are answered (longest prompts first, so that neighbours are of one length and too little memory shows at once), and
+    the lines of the table. Settings go to settings.json, so that the same command goes on and another one is refused.
+    """
+    specs, prompts = [list(filter(None, text.split(","))) for text in (args.benchmark, args.prompt)]
+    if unknown := [p for p in prompts if p not in PROMPTS]:
+        raise ValueError(f"--prompt {unknown[0]}: there are {', '.join(PROMPTS)}")
+    for name, low in (("rows", 1), ("max_tokens", 1), ("samples", 1), ("limit", 1), ("temperature", 0)):
+        if (value := getattr(args, name)) is not None and not low <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
+    if not args.responses and not args.model:
+        raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
+    if args.responses and (len(specs) != 1 or len(prompts) != 1):
+        raise ValueError("--responses are answers to one --benchmark in one --prompt style; give one of each")
+    processor = Processor(args.model, args.max_pixels) if args.model else None
+    rows, labels = {}, {}
+    for spec in specs:
+        label, made = read_benchmark(spec, args.limit)
+        if label in rows:
+            raise ValueError(f"--benchmark: {spec} and {labels[label]} are both called {label}; rename a file, or give "
+                             "each benchmark once")
+        rows[label], labels[label] = made, spec
+    jobs = [Job(label, prompt, *sampling) for label in rows for prompt in prompts for sampling in
+            samplings(label, args)]
+    if len(set(jobs)) < len(jobs):
+        raise ValueError("--prompt: each style only once")
+
+    def digest(made: list) -> str:
+        return data_digest([row for row in made if isinstance(row, Record)])
+
+    settings = {"model": model_digest(args.model) if args.model else None, "trained": trained_by(args.model),
+                "responses": args.responses, "benchmark": args.benchmark, "prompt": args.prompt} | {
+                    f"data {label}": digest(made) for label, made in rows.items()} | {
+                    key: getattr(args, key) for key in ("temperature", "samples", "both", "max_tokens", "max_pixels",
+                                                        "rows", "seed", "limit", "skip_bad")}
+    file = args.out / "settings.json"
+    if file.exists():
+        check_same(args.out, "an evaluation", json.loads(file.read_text())["settings"], settings)
+    elif args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty and holds no evaluation; give another --out")
+
+    order = {}
+    for label, made in rows.items():
+        made[:], lengths = encoded_lengths(made, None if args.responses else processor)
+        expected = ("null gold", "unverifiable") if label in BENCHMARKS else ()  # of a published row: not the user's
+        faults = [row.detail for row in made if isinstance(row, Dropped) and row.reason not in expected]
+        if faults and not args.skip_bad:
+            more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+            raise ValueError(f"{label}: {len(faults)} of {len(made)} problems cannot be used:\n  "
+                             + "\n  ".join(faults[:10]) + more + "\nmend them, or pass --skip-bad: they then count as "
+                             "wrong")
+        order[label] = sorted((i for i, row in enumerate(made) if isinstance(row, Record)),
+                              key=lambda i, lengths=lengths: (-lengths[i], i))
+        if not order[label]:
+            raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {made[0].detail}")
+    if args.responses:
+        read_responses(args.responses, *rows, *rows.values())  # refused before anything is written
+    (args.out / "rollouts").mkdir(parents=True, exist_ok=True)
+    write_json(file, {"settings": settings})
+    return rows, order, jobs
+
+
+def trained_by(model: str | None) -> dict | None:
+    """The settings of the run of train.py that a model is a checkpoint of; None: of none."""
+    file = Path(model or "").resolve().parent / "config.json"
+    config = json.loads(file.read_text()) if model and Path(model).is_dir() and file.exists() else {}
+    return config | {"checkpoint": Path(model).name} if {"order", "seed", "sigma"} <= config.keys() else None
+
+
+def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> dict[str, list[dict]]:
+    """JSONL of {id, response: text or list of texts} (several lines of one id are its samples), or a VLMEvalKit .tsv
+    with index and prediction -> {id of a row: [{"text", "tokens"}, ...]}.
+
+    Ids are the published ones, with or without `benchmark-`. Raises ValueError that names lines that cannot be read,
+    ids that the benchmark lacks and ids with other numbers of responses; ids without any are said, and count as wrong.
+    """
+    known = {row.id: row.id for row in rows} | {row.id.removeprefix(f"{benchmark}-"): row.id for row in rows}
+    found: dict[str, list[dict]] = {}
+    bad = []
     try:
-        return check_golds([replace(record, answer=gold)])[0]
-    except ValueError as error:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.endswith(".tsv"):
+                csv.field_size_limit(2**31 - 1)
+                lines = [{"id": row.get("index"), "response": row.get("prediction")}
+                         for row in csv.DictReader(file, delimiter="\t")]
+            else:
+                lines = [line for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--responses {path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
         try:
-            return check_golds([replace(record, answer=gold, answer_type="")])[0]
-        except ValueError:
-            raise error from None
+            line = json.loads(line) if isinstance(line, str) else line
+            texts = line["response"] if isinstance(line["response"], list) else [line["response"]]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError("its response is no text and no list of texts")
+            if str(line["id"]) not in known:
+                raise ValueError(f"{benchmark} has no problem {str(line['id'])!r}; its ids are such as {rows[0].id!r}")
+            tokens = line.get("tokens") if len(texts) == 1 else None
+            found.setdefault(known[str(line["id"])], []).extend({"text": text, "tokens": tokens} for text in texts)
+        except KeyError as error:
+            bad.append(f"line {number}: it has no {error}; write id and response")
+        except (ValueError, TypeError) as error:
+            bad.append(f"line {number}: {error}")
+    most = max(map(len, found.values()), default=0)
+    bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
+    if bad or not found:
+        raise ValueError(f"--responses {path}: {len(bad)} lines or problems cannot be used:\n  "
+                         + "\n  ".join(bad[:10] or ["it is empty"]))
+    return found
 
 
-def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
-    """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
-    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
-    """
-    corrected = []
-    for record in records:
-        decision, fixed = decisions.get(record.id, ("", None))
-        if fixed is not None:
-            if "rollouts" not in record.meta:
-                raise ValueError(f"record {record.id}: its rollouts' answers are not known, so a new gold cannot be "
-                                 "judged; give the corrections to the build that measured it")
-            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
-                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
-                for r in record.meta["rollouts"]])
-        if decision != "drop":
-            corrected.append(record)
-    return corrected
+def given(job: Job, rows: list[Record | Dropped], path: str, processor: Processor | None) -> list[Result]:
+    """What another engine wrote, scored. A problem without responses has unreadable ones, as many as the others."""
+    found = read_responses(path, job.benchmark, rows)
+    if missing := [row.id for row in rows if row.id not in found]:
+        tqdm.write(f"{len(missing)} of {len(rows)} problems have no response and count as wrong: "
+                   f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}", file=sys.stderr)
+    nothing = [{"text": "", "tokens": None}] * len(next(iter(found.values())))
+    return [Result(row, [] if isinstance(row, Dropped) else [
+        judge(r["text"], row, job.prompt, processor, r["tokens"]) for r in found.get(row.id, nothing)])
+        for row in tqdm(rows, desc="scoring", unit="problem")]
 
 
-# --- the card of a ladder ---------------------------------------------------------------------------------------------
+def responses_of(job: Job, results: list[Result]) -> Iterator[dict]:
+    """Lines of responses.jsonl, one for each response."""
+    def place_of(image) -> str:
+        if isinstance(image, Picture):
+            return f"{image.file}#{image.group}/{image.row}/{image.column}" + (
+                "" if image.index is None else f"/{image.index}")
+        return image if isinstance(image, str) else "(inside the data)"
 
-LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
-            "mathv360k": "none given"}  # as their authors publish them
-HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
+    for result in results:
+        row = result.record
+        about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "id": row.id,
+                 "problem": result.problem, "images": [place_of(image) for image in row.images]}
+        if isinstance(row, Dropped):
+            yield about | {"response": None, "answer": None, "gold": None, "right": False, "unusable": row.reason}
+        for i, s in enumerate(result.samples):
+            yield about | {"sample": i, "response": s.text, "answer": s.answer, "gold": row.answer,
+                           "right": s.correct, "format": s.format, "observation": s.observation, "tokens": s.tokens,
+                           "truncated": s.truncated}
 
 
-def licence(source: str) -> str:
-    name = re.sub(r"[^a-z0-9]", "", source.lower())
-    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
+def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
+    """scores.json, responses.jsonl, unusable.jsonl, responses.html, and a table for VLMEvalKit of each job's first
+    samples -> the scores, a dict for each job."""
+    scores = [{"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
+              | scores_of(job.benchmark, results) for job, results in tqdm(done, desc="counting", disable=None)]
+    write_json(out / "scores.json", {"settings": settings, "scores": scores})
+    with open(out / "responses.jsonl", "w") as file, open(out / "unusable.jsonl", "w") as unusable:
+        for job, results in done:
+            file.writelines(json.dumps(line) + "\n" for line in responses_of(job, results))
+        for benchmark, rows in {job.benchmark: [r.record for r in results] for job, results in done}.items():
+            unusable.writelines(json.dumps({"benchmark": benchmark, "id": row.id, "reason": row.reason,
+                                            "detail": row.detail}) + "\n" for row in rows if isinstance(row, Dropped))
+    (out / "vlmevalkit").mkdir(exist_ok=True)
+    for job, results in done:
+        with open(out / "vlmevalkit" / f"{job.name}.tsv", "w", newline="", encoding="utf-8") as file:
+            letters = ascii_uppercase[:max(len(getattr(r.record, "choices", ())) for r in results)]
+            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+            writer.writerow(["index", "question", *letters, "answer", "prediction"])
+            for record, samples in ((r.record, r.samples) for r in results if r.samples):
+                options = [*record.choices, *[""] * (len(letters) - len(record.choices))]
+                writer.writerow([record.id.removeprefix(f"{job.benchmark}-"), record.question, *options,
+                                 record.golds[0], samples[0].text])
+    records, lines = {}, []
+    for job, results in done:
+        for r in results:
+            if r.samples:
+                key = f"{job.name} {r.record.id}"
+                records[key] = r.record
+                lines.append({"id": key, "responses": [
+                    {"text": s.text, "accuracy": s.correct, "answer": s.answer, "format": s.format, "tokens": s.tokens}
+                    for s in r.samples]})
+    write_page(lines, records, out / "responses.html", title=str(out))
+    return scores
 
 
-def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, notes: list[str]) -> None:
-    """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
-
-    counts: tables by level, stage and source; settings: what measured the problems; notes: how the ladder was built,
-    and where it departs from the shares.
-    """
-    licences = {licence(r.source) for r in ladder}
-    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
-    size = next((f"{low}<n<{high}" for low, high, limit in (
-        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
-        "n>1M").removeprefix("<")
-    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
-    path.write_text(f"""---
-pretty_name: A NeuraLadder
-license: {name}
-task_categories:
-- image-text-to-text
-tags:
-- curriculum
-- reasoning
-- reinforcement-learning
-size_categories:
-- {size}
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: ladder.parquet
----
-# A ladder of {len(ladder)} problems
-
-Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
-2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")}
-responses of the model below, `complexity` their mean length in tokens; each stage is mixed from a window of five
-difficulty levels.
-
-![shares and complexity by level, mixing by stage, examples](ladder.png)
-
-    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
-    torchrun train.py --data FOLDER
-
-The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem`, `images`, `answer`).
-
-## What is on it
-
-{counts}
-
-## How it was built
-
-{chr(10).join(f"- {note}" for note in notes)}
-
-## How it was measured
-
-| setting | value |
-|---|---|
-{measured}
-""", encoding="utf-8")
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a checkpoint, or answers of another engine, on benchmarks. "
+                                     "(`eval.py compare RUN RUN ...` sets runs side by side.)")
+    parser.add_argument("--model", help="Hugging Face folder or hub id; with --responses: what counts their tokens")
+    parser.add_argument("--benchmark", default="toy", help=f"comma-separated: toy, {', '.join(BENCHMARKS)}; name=PATH "
+                        "or name=ID@SPLIT reads a local copy or another split; or any file that data.py reads")
+    parser.add_argument("--responses", help="answers of another engine: JSONL of {id, response}, response a text or a "
+                        "list; or a VLMEvalKit .tsv with index and prediction")
+    parser.add_argument("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
+    parser.add_argument("--temperature", type=float, help="0: greedy (the default; toy: greedy, and 1 with 4 samples)")
+    parser.add_argument("--samples", type=int, help="k of avg@k, maj@k, pass@k; at temperature 1 unless told otherwise")
+    parser.add_argument("--both", action="store_true", help="greedy, and sampled (temperature 1, 4 samples) beside it")
+    parser.add_argument("--max-tokens", type=int, help="longest response (default: 1024; toy: 160)")
+    parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk (default: the model's)")
+    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
+    parser.add_argument("--limit", type=int, help="first so many problems of each benchmark only")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without problems that cannot be used; they "
+                        "count as wrong")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: out/eval/MODEL-BENCHMARKS-PROMPTS); "
+                        "one that is unfinished goes on")
+    args = parser.parse_args()
+    if args.out is None:
+        model = "-".join(Path(args.responses or args.model or "").absolute().parts[-2:])
+        names = "+".join(Path(spec.partition("=")[0]).stem for spec in args.benchmark.split(","))
+        args.out = Path("out/eval", f"{model}-{names}-{args.prompt.replace(',', '+')}")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a checkpoint on held-out problems.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
-    parser.add_argument("--benchmark", default="toy", help=f"{', '.join(BENCHMARKS)}, or any file that data.py reads")
-    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--samples", type=int, default=1, help="k; scores are means over k responses, avg@k")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
-    parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk")
-    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
-    parser.add_argument("--limit", type=int, help="first so many problems only")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for scores.json and responses.jsonl")
-    args = parser.parse_args()
-    processor = Processor(args.model, args.max_pixels)
-    records = load_records(BENCHMARKS.get(args.benchmark, args.benchmark), args.limit)
-    records = check_golds(check_prompts(processor, records, args.prompt))
-    model = load_policy(args.model, best_device())
-    results = list(tqdm(evaluate(
-        model, processor, records, style=args.prompt, temperature=args.temperature, samples=args.samples,
-        max_tokens=args.max_tokens, max_rows=args.rows, seed=args.seed), total=len(records), unit="problem"))
-    scores = summarize(results)
-    for level, row in {"all": scores, **scores["levels"]}.items():
-        cells = [f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)]
-        print(f"{level:>6}  problems {row['problems']:4d}  " + "  ".join(cells))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) for k, v in vars(args).items()}
-        (args.out / "scores.json").write_text(json.dumps(scores | {"settings": settings}, indent=1))
-        with open(args.out / "responses.jsonl", "w") as file:
-            for r in results:
-                line = {"id": r.record.id, "gold": r.record.answer, "samples": [asdict(s) for s in r.samples]}
-                file.write(json.dumps(line) + "\n")
+    if sys.argv[1:2] == ["compare"]:
+        return compare(sys.argv[2:])
+    args = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+    rows, order, jobs = together(lambda: prepare(args))
+    load = cache(lambda: load_both(args.model, args.max_pixels))
+    done = []
+    for job in jobs:
+        made = rows[job.benchmark]
+        if args.responses:
+            done.append((job, given(job, made, args.responses, Processor(args.model) if args.model else None)))
+            continue
+        # Each chunk in the order of the file, whose pictures are read in groups of neighbours.
+        places = [i for chunk in batches(order[job.benchmark], max(1, args.rows // job.samples)) for i in sorted(chunk)]
+        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in places], load,
+                            rows=args.rows, seed=args.seed, samples=job.samples, style=job.prompt,
+                            temperature=job.temperature,
+                            max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024))
+        by_place = dict(zip(places, answered))
+        done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
+    rank, world = place()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        settings = json.loads((args.out / "settings.json").read_text())["settings"]
+        print(tables(write_results(args.out, done, settings)), f"-> {args.out}", sep="\n\n")
 
 
 if __name__ == "__main__":
@@ -535,3 +1085,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")

@@ -39,6 +39,7 @@ import torch
 from data import (
     MAX_ANSWER,
     SYMBOLS,
+    Dropped,
     Record,
     last_boxed,
     normal_text,
@@ -165,6 +166,14 @@ def check_golds(records: list[Record], skip_bad: bool = False) -> list[Record]:
     return settle("golds", good, bad, skip_bad)
 
 
+def judged(item: Record | Dropped) -> Record | Dropped:
+    """The record, or why no rule can read its gold."""
+    try:
+        return item if isinstance(item, Dropped) else check_golds([item])[0]
+    except ValueError as error:
+        return Dropped(item.id, "unverifiable", str(error).split("\n")[1].strip(), item.images, item.meta)
+
+
 def _same_number(answer: tuple[float, str] | None, gold: tuple[float, str] | None, precision: int | None) -> bool:
     if answer is None or gold is None:
         return False
@@ -200,10 +209,10 @@ def _list(answer: str, gold: str, record: Record) -> bool:
 
 
 def _choice(answer: str, gold: str, record: Record) -> bool:
-    return _named_option(answer, record.choices) == option_index(gold, record.choices)
+    return named_option(answer, record.choices) == option_index(gold, record.choices)
 
 
-def _named_option(answer: str, choices: tuple[str, ...]) -> int | None:
+def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     """The option that an answer names: by letter, by the option's text, or by a letter and then that option's text."""
     index = option_index(answer, choices)
     if index is not None:

@@ -19,6 +19,7 @@ from conftest import ROOT, TOY
 from PIL import Image
 
 import curriculum
+import eval
 from curriculum import (
     MIXING,
     PAPER_SHARES,
@@ -28,13 +29,18 @@ from curriculum import (
     build_ladder,
     departures,
     level_of,
+    licence,
     low_complexity_cut,
+    majority,
     measure,
     parse_args,
+    plot_ladder,
     prepare,
+    with_rollouts,
+    write_review,
 )
 from data import Record, load_records, save_records
-from eval import evaluate, with_rollouts
+from eval import evaluate
 from rewards import accuracy_reward
 from rollout import sample_groups
 from train import Config
@@ -132,7 +138,8 @@ def test_unmeasured_or_too_few_problems_are_refused():
 def test_measure_counts_its_own_rollouts(shipped, processor, test_set):
     """Difficulty is 1 - pass rate and complexity the mean length of the very responses that were sampled."""
     records = test_set[:3]
-    got = list(measure(shipped, processor, records, style="observe", max_tokens=160, seed=4))
+    got = [measure(result) for result in evaluate(shipped, processor, records, style="observe", temperature=1.0,
+                                                  samples=8, max_tokens=160, seed=4)]
     prompts = [processor.encode(r, "observe") for r in records]
     groups = sample_groups(shipped, processor, records, prompts, samples=8, temperature=1.0, max_tokens=160, seed=4)
     for record, group in zip(got, groups):
@@ -240,7 +247,7 @@ def test_a_finished_build_is_not_measured_again(command, raw, tmp_path, monkeypa
     options = ["--data", raw, "--model", MODEL, "--max-tokens", "20", "--keep-simple", "--limit", 4, "--size", 2,
                "--out", tmp_path / "out"]
     command(*options)
-    monkeypatch.setattr(curriculum, "load_policy", None)
+    monkeypatch.setattr(eval, "load_policy", None)
     command(*options, "--size", 3)
     assert len(load_records(str(tmp_path / "out"))) == 3
     assert len(load_records(str(tmp_path / "out" / "measured.parquet"))) == 4
@@ -413,6 +420,52 @@ def test_what_measures_is_what_trains(command):
     args, train = command("--data", "x", "--out", "y", call=parse_args), Config()
     assert (args.prompt, args.temperature, args.max_tokens, args.max_pixels) == (
         train.prompt, train.temperature, train.max_response_tokens, train.max_pixels)
+
+
+# --- review and card --------------------------------------------------------------------------------------------------
+
+
+def answered(record: Record, *answers: str | None) -> Record:
+    return with_rollouts(record, [{"answer": a, "correct": False, "tokens": 9} for a in answers])
+
+
+def test_majority_counts_equal_answers_however_they_are_written():
+    number = Record("n", "?", "3")
+    assert majority(answered(number, "7", "1/2", "0.5", None, "$\\frac{1}{2}$", "7")) == ("1/2", 3)
+    choice = Record("c", "?", "A", choices=("red", "blue"))
+    assert majority(answered(choice, "blue", "(B)", "b.", "C")) == ("blue", 3)
+    assert majority(answered(number, None, None)) == ("", 0)
+
+
+def test_review_puts_likely_wrong_golds_first_and_spares_edited_tables(tmp_path, capsys, test_set):
+    """Reviewers stop early; and an overwritten table is a person's afternoon."""
+    unsure = answered(replace(test_set[0], id="a"), "1", "2", "=HYPERLINK(1)", None)
+    sure = answered(replace(test_set[1], id="b", question="<script>"), "5", "5", "5", "6")
+    write_review([unsure, sure], tmp_path, per_page=1)
+    first, second = ((tmp_path / name).read_text() for name in ("review.html", "review-2.html"))
+    assert "majority, 3 of 4: 5" in first and "<script>" not in first and "data:image/png" in first
+    assert "(none)" in second and "review-2.html" in first
+    table = (tmp_path / "review.csv").read_text("utf-8-sig")
+    assert [line.split(",")[0] for line in table.splitlines()] == ["id", "b", "a"] and "b,<script>" in table
+    write_review([sure], tmp_path)
+    assert (tmp_path / "review.csv").read_text("utf-8-sig") == table and "has been edited" in capsys.readouterr().err
+    (tmp_path / "review.csv").unlink()
+    write_review([answered(unsure, *["=HYPERLINK(1)"] * 8)], tmp_path)
+    assert ",'=HYPERLINK(1)," in (tmp_path / "review.csv").read_text("utf-8-sig"), "no formula for a spreadsheet"
+
+
+def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
+    table = np.zeros((9, 9), int)
+    table[0, 0] = table[0, 1] = 1
+    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0),
+              Record("text", "?", "1", difficulty=.125, complexity=8.0)]
+    complexity = np.array([9.0, 8.0] + [np.nan] * 7)
+    plot_ladder(ladder, table, complexity, np.eye(9), np.ones(9) / 9, np.ones(9), tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_licences_of_the_sources_are_told():
+    assert licence("MathVision") == "MIT" and licence("polymath") == "AFL-3.0" and licence("mine") == "as its source"
 
 
 # --- the order of training -------------------------------------------------------------------------------------------

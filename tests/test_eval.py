@@ -1,31 +1,20 @@
 """Scores by hand, the closing table, and pages that cannot be turned into markup by what a model writes."""
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 
-import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TOY
 
+import eval
 from data import Record
-from eval import (
-    Result,
-    Sample,
-    before_after,
-    evaluate,
-    licence,
-    majority,
-    plot_curves,
-    plot_ladder,
-    summarize,
-    with_rollouts,
-    write_page,
-    write_review,
-)
+from eval import Result, Sample, before_after, evaluate, judge, plot_curves, scores_of, summarize, write_page
 from rewards import accuracy_reward
 
 
@@ -67,6 +56,46 @@ def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
             assert s.correct == (accuracy_reward(s.text, record) == 1.0) and s.observation is not None
 
 
+def test_greedy_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypatch):
+    """Padding that leaks into a row, or a chunk that depends on the process, would make the score one of the machine.
+
+    Sampled responses depend on the rows, for a batch draws from one stream, but not on the processes.
+    """
+    options = ["--model", str(TOY / "model"), "--limit", "20", "--max-tokens", "60", "--both"]
+
+    def responses(out: str, kind: str) -> list[dict]:
+        lines = map(json.loads, (tmp_path / out / "responses.jsonl").read_text().splitlines())
+        return [line for line in lines if line["sampling"] == kind]
+
+    torch.set_num_threads(1)  # as torchrun's processes have
+    for rows in (8, 64):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--rows", str(rows), "--out", str(tmp_path / f"{rows}")])
+        eval.main()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
+                           "c10d", "--rdzv-endpoint", "localhost:0", "eval.py", *options, "--rows", "8", "--out",
+                           str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(responses("8", "greedy")) == 20 and len(responses("8", "T=1")) == 80
+    assert responses("8", "greedy") == responses("64", "greedy") == responses("two", "greedy")
+    assert responses("8", "T=1") == responses("two", "T=1")
+    first, second = (list((tmp_path / "two" / "rollouts").glob(f"toy-observe-greedy-{rank}.jsonl")) for rank in (0, 1))
+    assert first and second and second[0].stat().st_size, "both processes worked"
+    monkeypatch.setattr(eval, "load_policy", None)
+    eval.main()  # finished: the same command answers nothing again
+
+
+def test_sections_are_counted(processor):
+    """Length and share of what is observed, thought and answered, in tokens of the model."""
+    text = "<observe>red 3, blue 5</observe> <think>3 + 5 = 8</think> <answer>8</answer>"
+    sample = judge(text, Record("a", "?", "8"), "observe", processor)
+    size = {tag: len(processor.tokenizer(part).input_ids) for tag, part in (
+        ("observe", "red 3, blue 5"), ("think", "3 + 5 = 8"), ("answer", "8"), ("all", text))}
+    assert sample.tokens == size.pop("all") and sample.sections == size
+    scores = scores_of("x", [Result(Record("a", "?", "8"), [sample])])
+    assert scores["sections"]["think"] == {"length": size["think"], "share": size["think"] / sample.tokens}
+
+
 def test_page_escapes_what_a_model_writes(tmp_path, test_set):
     record = test_set[0]
     evil = '<script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -76,7 +105,7 @@ def test_page_escapes_what_a_model_writes(tmp_path, test_set):
     path = tmp_path / "page.html"
     write_page([line] * 5, {record.id: record}, path, "<b>", limit=3)
     page = path.read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page and "<title>&lt;b&gt;</title>" in page
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert" in page and "<title>&lt;b&gt;</title>" in page
     assert page.count("<section>") == 3 and page.count('<pre class="wrong">') == page.count('<pre class="right">') == 3
     assert not re.search(r'(?:src|href)="(?!data:)', page), "self-contained"
 
@@ -89,49 +118,6 @@ def test_curves_are_drawn_even_of_a_run_just_begun(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def answered(record: Record, *answers: str | None) -> Record:
-    return with_rollouts(record, [{"answer": a, "correct": False, "tokens": 9} for a in answers])
-
-
-def test_majority_counts_equal_answers_however_they_are_written():
-    number = Record("n", "?", "3")
-    assert majority(answered(number, "7", "1/2", "0.5", None, "$\\frac{1}{2}$", "7")) == ("1/2", 3)
-    choice = Record("c", "?", "A", choices=("red", "blue"))
-    assert majority(answered(choice, "blue", "(B)", "b.", "C")) == ("blue", 3)
-    assert majority(answered(number, None, None)) == ("", 0)
-
-
-def test_review_puts_likely_wrong_golds_first_and_spares_edited_tables(tmp_path, capsys, test_set):
-    """Reviewers stop early; and an overwritten table is a person's afternoon."""
-    unsure = answered(replace(test_set[0], id="a"), "1", "2", "=HYPERLINK(1)", None)
-    sure = answered(replace(test_set[1], id="b", question="<script>"), "5", "5", "5", "6")
-    write_review([unsure, sure], tmp_path, per_page=1)
-    first, second = ((tmp_path / name).read_text() for name in ("review.html", "review-2.html"))
-    assert "majority, 3 of 4: 5" in first and "<script>" not in first and "data:image/png" in first
-    assert "(none)" in second and "review-2.html" in first
-    table = (tmp_path / "review.csv").read_text("utf-8-sig")
-    assert [line.split(",")[0] for line in table.splitlines()] == ["id", "b", "a"] and "b,<script>" in table
-    write_review([sure], tmp_path)
-    assert (tmp_path / "review.csv").read_text("utf-8-sig") == table and "has been edited" in capsys.readouterr().err
-    (tmp_path / "review.csv").unlink()
-    write_review([answered(unsure, *["=HYPERLINK(1)"] * 8)], tmp_path)
-    assert ",'=HYPERLINK(1)," in (tmp_path / "review.csv").read_text("utf-8-sig"), "no formula for a spreadsheet"
-
-
-def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
-    table = np.zeros((9, 9), int)
-    table[0, 0] = table[0, 1] = 1
-    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0),
-              Record("text", "?", "1", difficulty=.125, complexity=8.0)]
-    complexity = np.array([9.0, 8.0] + [np.nan] * 7)
-    plot_ladder(ladder, table, complexity, np.eye(9), np.ones(9) / 9, np.ones(9), tmp_path / "ladder.png")
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_licences_of_the_sources_are_told():
-    assert licence("MathVision") == "MIT" and licence("polymath") == "AFL-3.0" and licence("mine") == "as its source"
-
-
 def test_commands_run(tmp_path):
     """What the README tells people to type."""
     def run(*command: str) -> str:
@@ -140,9 +126,9 @@ def test_commands_run(tmp_path):
         return done.stdout
 
     model = str(TOY / "model")
-    scores = run("eval.py", "--model", model, "--benchmark", "toy", "--limit", "8", "--out", str(tmp_path),
-                 "--max-tokens", "160")
-    assert "accuracy" in scores and len((tmp_path / "responses.jsonl").read_text().splitlines()) == 8
+    scores = run("eval.py", "--model", model, "--prompt", "none,observe", "--limit", "2", "--out", str(tmp_path / "e"))
+    assert scores.count("avg@4") == 2, "the built-in world is shown greedy and at temperature 1"
+    assert len((tmp_path / "e/responses.jsonl").read_text().splitlines()) == 2 * 2 * (1 + 4)
     from PIL import Image
 
     Image.new("RGB", (56, 28), "white").save(tmp_path / "x.png")

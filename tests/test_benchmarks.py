@@ -1,0 +1,341 @@
+"""The benchmarks' published scores, each computed by hand on a few rows of the published shape, with their traps."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
+
+import eval
+from data import Dropped, Record
+from eval import (
+    DOMAINS,
+    Job,
+    Result,
+    Sample,
+    compare,
+    difference,
+    given,
+    interval,
+    judge,
+    majority_right,
+    pass_at,
+    prepare,
+    read_benchmark,
+    read_responses,
+    samplings,
+    scores_of,
+)
+
+
+def answered(benchmark: str, path: str, *answers: str | list[str]) -> list[Result]:
+    """Rows of a local copy and, for each, its answer or answers, judged."""
+    _, rows = read_benchmark(f"{benchmark}={path}", None)
+    assert len(rows) == len(answers)
+    return [Result(row, [] if isinstance(row, Dropped) else [
+        judge(text if "<" in text else f"<answer>{text}</answer>", row, "none")
+        for text in ([some] if isinstance(some, str) else some)]) for row, some in zip(rows, answers)]
+
+
+def accuracies(scores: dict, kind: str) -> dict[str, tuple[int, float]]:
+    return {name: (part["problems"], round(part["accuracy"], 4)) for name, part in scores["parts"][kind].items()}
+
+
+def test_mathvista_by_hand(tmp_path):
+    """precision is a float64 (round(x, 1.0) raises), a choice's gold is its text, a list is no number of it."""
+    choices = {"question_type": "multi_choice", "answer_type": "text", "choices": ["C", "B", "A"]}
+    math = {"metadata": {"task": "math word problem", "skills": ["arithmetic reasoning", "algebraic reasoning"],
+                         "source": "x", "category": "y", "grade": "z", "language": "english"}}
+    rows = [mathvista_row(1), mathvista_row(2, answer="1.2", answer_type="float", precision=1.0),
+            mathvista_row(3, answer="1.2", answer_type="float", precision=1.0),
+            mathvista_row(4, answer="[2013, 2014]", answer_type="list", **math),
+            mathvista_row(5, answer="A", **choices, **math), mathvista_row(6, answer="A", **choices, **math)]
+    scores = scores_of("mathvista", answered(
+        "mathvista", hub_file(tmp_path, "testmini-x", rows), "3.0", "1.2499", "1.26", "2014", "C", "A"))
+    assert scores["accuracy"] == 3 / 6 and (scores["problems"], scores["published"]) == (6, 1000)
+    assert accuracies(scores, "task") == {"FQA": (3, .6667), "MWP": (3, .3333)}
+    assert accuracies(scores, "skill") == {"statistical reasoning": (3, .6667), "algebraic reasoning": (3, .3333),
+                                           "arithmetic reasoning": (3, .3333)}
+
+
+def test_mathvision_by_hand_over_all_rows(tmp_path):
+    """A row whose gold no rule can read stays in the denominator, of its level and subject too."""
+    rows = [mathvision_row(1, answer="\x0crac{36}{13}", level=5), mathvision_row(2, answer=None, level=5),
+            mathvision_row(3, options=["$12$", "$24$", "7", "8", "9"], answer="B"),
+            mathvision_row(4, options=list("ABCDE"), answer="E", subject="graph theory"),
+            mathvision_row(5, answer=r"\frac{1}{", level=1)]
+    path = hub_file(tmp_path, "test-00000-of-00001", rows)
+    results = answered("mathvision", path, "36/13", "1", "24", "E", "1")
+    assert [isinstance(r.record, Dropped) for r in results] == [False, True, False, False, True]
+    scores = scores_of("mathvision", results)
+    assert (scores["accuracy"], scores["unusable"], scores["unreadable"]) == (3 / 5, 2, 0)
+    assert accuracies(scores, "level") == {"1": (1, 0), "3": (2, 1), "5": (2, .5)}
+    assert accuracies(scores, "subject") == {"algebra": (4, .5), "graph theory": (1, 1)}
+
+
+def mathverse_row(number: int, problem: int, version: str, **more) -> dict:
+    return {"sample_index": str(number), "problem_index": str(problem), "problem_version": version,
+            "question": "Angle?\nChoices:\nA:40°\nB:48°\nC:60°", "image": PICTURE, "answer": "(C)",
+            "question_type": "multi-choice", "query_wo": "", "query_cot": "", "question_for_eval": "",
+            "metadata": {"split": "testmini", "source": "x", "subject": "Plane", "subfield": "Angle"}} | more
+
+
+def test_mathverse_by_hand(tmp_path):
+    """The mean is over versions, not rows; golds are dirty; one problem's versions are drawn together."""
+    rows = [mathverse_row(1, 1, "Text Dominant"), mathverse_row(2, 1, "Vision Only", question="", answer="B"),
+            mathverse_row(3, 2, "Text Dominant", question="Area?", question_type="free-form",
+                          answer=r"Area $=9 \pi \mathrm{cm}^{2}$"),
+            mathverse_row(4, 3, "Text Dominant", question="Far?", question_type="free-form", answer="2191.7 metres")]
+    results = answered("mathverse", hub_file(tmp_path, "testmini", rows), "60°", "C", r"$9\pi$", "2191")
+    scores = scores_of("mathverse", results)
+    assert accuracies(scores, "version") == {"Text Dominant": (3, .6667), "Vision Only": (1, 0)}
+    assert scores["mean_over_parts"]["accuracy"] == pytest.approx((2 / 3 + 0) / 2) and scores["accuracy"] == .5
+    assert [r.problem for r in results] == ["1", "1", "2", "3"]
+
+
+def test_wemath_four_ways_by_hand(tmp_path):
+    """IG, IK, strict and loose CM and RM, each from one ID of two or three steps; a torn ID is left out."""
+    options = "A. 1; B. 2; C. 3; D. 4"
+    table = [  # ID, are its steps right?, is the whole right?
+        ("2steps_1", [1, 1], 1), ("2steps_2", [1, 1], 0), ("2steps_3", [1, 0], 0), ("2steps_4", [1, 0], 1),
+        ("3steps_1", [0, 0, 0], 1), ("3steps_2", [1, 1, 1], 1)]
+    rows, answers = [], []
+    for name, steps, whole in table:
+        for key, right in [*((f"{name[0]}steps_{i}", r) for i, r in enumerate(steps, 1)), (f"{name[0]}steps_multi",
+                                                                                          whole)]:
+            rows.append(wemath_row(name, key, options, "B"))
+            answers.append("B" if right else "A")
+    rows.append(wemath_row("2steps_9", "2steps_multi", options, "B"))
+    scores = scores_of("wemath", answered("wemath", hub_file(tmp_path, "testmini", rows), *answers, "B"))
+    four = scores["four_way"]
+    assert four["ids"] == 6
+    strict = {"score": (6 - .5 * 1 - 2 - 1) / 6, "CM": 2 / 6, "IG": 1 / 6, "IK": 1 / 6, "RM": 2 / 6, "RM_rate": .5}
+    loose = {"score": (6 - .5 * 1 - 1 - 1) / 6, "CM": 3 / 6, "IG": 1 / 6, "IK": 1 / 6, "RM": 1 / 6, "RM_rate": .25}
+    assert {k: four["strict"][k] for k in strict} == pytest.approx(strict)
+    assert {k: four["loose"][k] for k in loose} == pytest.approx(loose)
+    assert accuracies(scores, "steps") == {"S1": (14, round(9 / 14, 4)), "S2": (5, .6), "S3": (2, 1)}
+
+
+def test_mmmu_by_hand(tmp_path):
+    """Options are a string, open golds may be a list as a string; what names no option is wrong, never a guess."""
+    def row(identity: str, answer: str, options: str = "['a', 'b']") -> dict:
+        return {"id": identity, "question": "Which? <image 1>", "options": options, "answer": answer,
+                "question_type": "x", "subfield": "x", "topic_difficulty": "Easy", "image_1": PICTURE}
+
+    rows = [row("validation_Art_Theory_1", "B"), row("validation_Music_2", "A"), row("validation_Music_3", "A"),
+            row("validation_Math_4", "['24/7', '3.429']", "[]")]
+    scores = scores_of("mmmu", answered("mmmu", hub_file(tmp_path, "validation-0", rows), "b", "I cannot tell",
+                                        "<think>hm, A", "3.429"))
+    assert accuracies(scores, "domain") == {"Art & Design": (3, .3333), "Science": (1, 1)}
+    assert accuracies(scores, "subject") == {"Art_Theory": (1, 1), "Music": (2, 0), "Math": (1, 1)}
+    assert scores["unreadable"] == 1 / 4 and len(DOMAINS) == 30 and len(set(DOMAINS.values())) == 6
+
+
+def test_mmstar_by_hand(tmp_path):
+    """Options stand inside the question; letters go to J; the mean is over categories."""
+    rows = [{"index": i, "question": question, "image": png(), "answer": answer, "category": category,
+             "l2_category": "x", "meta_info": {"source": "x"}} for i, (question, answer, category) in enumerate([
+                 ("Which?\nOptions: A: a cat, B: a dog, C: both, D: none", "B", "math"),
+                 ("Which of A to J is it?", "J", "math"), ("Which of A to D?", "D", "math"),
+                 ("Which of A to D?", "D", "logical reasoning")])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mmstar.parquet")
+    scores = scores_of("mmstar", answered("mmstar", str(tmp_path / "mmstar.parquet"), "a dog", "J.", "A or D", "(D)"))
+    assert scores["accuracy"] == .75 and scores["mean_over_parts"]["accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+# --- several samples, intervals ---------------------------------------------------------------------------------------
+
+
+def result(name: str, *answers: str | None, gold: str = "3", **meta) -> Result:
+    record = Record(name, "?", gold, meta=meta)
+    return Result(record, [Sample("", a, a == gold, 1.0, None, 5, False) for a in answers])
+
+
+def test_avg_maj_and_pass_at_k_by_hand():
+    three = result("a", "3", "3", "5", "5.0")  # "5" and "5.0" are one answer: a tie of two and two
+    one = result("b", "3", None, None, "7")
+    assert (three.accuracy, majority_right(three), majority_right(one)) == (.5, .5, .5)
+    assert majority_right(result("c", "3", "3.0", "7")) == .5, "what is said of an answer is a mean over who said it"
+    assert majority_right(result("d", None, None)) == 0
+    assert [pass_at(three, k) for k in (1, 2, 4)] == pytest.approx([.5, 1 - 1 / 6, 1])
+    assert [pass_at(one, k) for k in (1, 2, 4)] == pytest.approx([.25, .5, 1])
+    scores = scores_of("x", [three, one])
+    assert scores["accuracy"] == .375 and scores["pass"] == pytest.approx({1: .375, 2: (5 / 6 + .5) / 2, 4: 1})
+    assert scores["majority"] == .5 and scores["unreadable"] == .25
+
+
+def test_intervals_draw_problems_and_not_samples():
+    """Samples of one problem, or versions of it, are no evidence of their own: they would halve the interval."""
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < .5
+    once = [result(str(i), "3" if r else "1") for i, r in enumerate(right)]
+    low, high = interval([once])
+    assert high - low == pytest.approx(2 * 1.96 * .5 / 20, rel=.1) and low < right.mean() < high
+    assert interval([once]) == [low, high], "seeded"
+    four = [result(r.record.id, *[r.samples[0].answer] * 4) for r in once]
+    assert interval([four]) == [low, high]
+    versions = [result(f"{i}{v}", "3" if r else "1", problem_index=f"{i:03}") for i, r in enumerate(right)
+                for v in "abcd"]
+    assert np.diff(interval([versions])) == pytest.approx(high - low, rel=.1)
+    assert interval([once[:1]]) is None
+
+
+# --- answers of another engine ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vista(tmp_path) -> str:
+    return hub_file(tmp_path, "testmini-x", [mathvista_row(i) for i in range(1, 5)])
+
+
+def lines(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_answers_of_another_engine(tmp_path, vista, capsys):
+    """Published ids or ours; several lines or a list are samples; what has no answer is wrong, and named."""
+    path = lines(tmp_path / "a.jsonl", {"id": "1", "response": ["<answer>3</answer>", "4"]},
+                 {"id": "mathvista-2", "response": "The answer is 3"}, {"id": 2, "response": "<answer>4</answer>"},
+                 {"id": "3", "response": ["", "\\boxed{3}"]})
+    _, rows = read_benchmark(f"mathvista={vista}", None)
+    results = given(Job("mathvista", "none", "given", 0, 0), rows, path, None)
+    assert [[s.correct for s in r.samples] for r in results] == [[1, 0], [1, 0], [0, 1], [0, 0]]
+    assert "1 of 4 problems have no response and count as wrong: mathvista-4" in capsys.readouterr().err
+    scores = scores_of("mathvista", results)
+    assert scores["accuracy"] == 3 / 8 and scores["unreadable"] == 4 / 8 and scores["length"] is None
+    (tmp_path / "a.tsv").write_text("index\tquestion\tprediction\n1\tx\t\"<answer>\n3</answer>\"\n")
+    assert read_responses(str(tmp_path / "a.tsv"), "mathvista", rows) == {
+        "mathvista-1": [{"text": "<answer>\n3</answer>", "tokens": None}]}
+    for row, message in (({"id": "9", "response": "x"}, "line 2: mathvista has no problem '9'"),
+                         ({"id": "1"}, "line 2: it has no 'response'"),
+                         ({"id": "1", "response": 3}, "line 2: its response is no text"),
+                         ({"id": "2", "response": ["a", "b"]}, "mathvista-1: 1 responses, others have 2")):
+        with pytest.raises(ValueError, match=message):
+            read_responses(lines(tmp_path / "b.jsonl", {"id": "1", "response": "3"}, row), "mathvista", rows)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def run(*arguments, call=eval.main):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        return call()
+
+    return run
+
+
+def test_scoring_leaves_all_files_and_is_refused_for_other_data(command, tmp_path, vista, capsys):
+    path = lines(tmp_path / "a.jsonl", *({"id": i, "response": f"<answer>{i}</answer>"} for i in range(1, 5)))
+    out = tmp_path / "out"
+    command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", out)
+    assert "| mathvista | observe | given    | 4        | 25.0 [0.0, 75.0]" in capsys.readouterr().out
+    [scores] = json.loads((out / "scores.json").read_text())["scores"]
+    assert scores["accuracy"] == .25 and scores["by_problem"]["mathvista-3"] == 1
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["answer"], r["gold"], r["right"]) for r in found[1:3]] == [
+        ("mathvista-2", "2", "3", False), ("mathvista-3", "3", "3", True)]
+    assert "testmini-x.parquet#0/2/decoded_image" in found[2]["images"][0]
+    page = (out / "responses.html").read_text()
+    assert page.count('<pre class="right">') == 1 and page.count('<pre class="wrong">') == 3 and "unreadable" in page
+    table = (out / "vlmevalkit" / "mathvista-observe-given.tsv").read_text().splitlines()
+    assert table[0] == "index\tquestion\tanswer\tprediction" and len(table) == 1 + 2 * 4  # (hint and question: 2 lines)
+    with pytest.raises(ValueError, match="limit: None there, 2 now\n.*another --out"):
+        command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", out, "--limit", 2)
+
+
+def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path, vista):
+    from conftest import TOY
+
+    def refused(message: str, *arguments, model=TOY / "model") -> None:
+        with pytest.raises(ValueError, match=message):
+            command("--model", model, "--out", tmp_path / "out", *arguments, call=lambda: prepare(eval.parse_args()))
+        assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+    refused("mathvist: no benchmark of that name .there are toy, mathvista, mathvision", "--benchmark", "mathvist")
+    refused("no/such.* no such file", "--benchmark", "toy,mathvista=/no/such/folder")
+    refused("not a Qwen", model=tmp_path)
+    refused("there are none, think, observe", "--prompt", "cot")
+    refused("are both called toy", "--benchmark", "toy,toy", "--limit", 2)
+    refused("each style only once", "--prompt", "none,none", "--limit", 2)
+    refused("all samples would be the same", "--temperature", 0, "--samples", 4, "--limit", 2)
+    (tmp_path / "cut").mkdir()
+    cut = hub_file(tmp_path / "cut", "testmini-x", [mathvista_row(1), mathvista_row(
+        2, decoded_image={"bytes": b"no picture", "path": "x"}), mathvista_row(3, answer=None)])
+    refused("mathvista: 1 of 3 problems cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
+    rows, order, [job] = command("--model", TOY / "model", "--out", tmp_path / "out", "--skip-bad", "--benchmark",
+                                 f"mathvista={cut}", call=lambda: prepare(eval.parse_args()))
+    assert order == {"mathvista": [0]} and len(rows["mathvista"]) == 3 and job.sampling == "greedy"
+
+
+def test_greedy_and_sampled(command):
+    def asked(*arguments) -> dict[str, list]:
+        args = command("--model", "m", *arguments, call=eval.parse_args)
+        return {name: samplings(name, args) for name in ("toy", "mmmu")}
+
+    greedy, four = ("greedy", 0.0, 1), ("T=1", 1.0, 4)
+    assert asked() == {"toy": [greedy, four], "mmmu": [greedy]}
+    assert asked("--both")["mmmu"] == [greedy, four]
+    assert asked("--samples", 8)["toy"] == [("T=1", 1.0, 8)] and asked("--temperature", 0)["toy"] == [greedy]
+    assert asked("--temperature", .6, "--both")["mmmu"] == [greedy, ("T=0.6", .6, 4)]
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_problem():
+    """Unpaired, two runs that differ in one problem in a hundred would seem alike."""
+    base = {str(i): (str(i), float(i % 2)) for i in range(100)}
+    better = base | {str(i): (str(i), 1.0) for i in range(0, 20, 2)}
+    value, (low, high), count = difference([better], [base])
+    assert value == pytest.approx(.1) and .03 < low < high < .17 and count == 100
+    assert difference([better], [{"other": ("other", 1.0)}]) is None
+    value, bounds, _ = difference([{"": ("", .4)}, {"": ("", .6)}], [])
+    assert value == .5 and bounds == [.4, .6], "seeds are drawn too"
+
+
+def trained(folder: Path, sigma: float, seed: int, after: list[int]) -> Path:
+    """What train.py leaves of a run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"test": "x/held.parquet", "sigma": sigma, "seed": seed,
+                                                    "out": str(folder), "resume": False, "model": "m"}))
+
+    def end(right: list[int]) -> dict:
+        return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)}}
+
+    (folder / "scores.json").write_text(json.dumps({name: {"greedy": end(right), "sampled": end(right)} for name, right
+                                                    in (("before", [0, 0, 1, 0]), ("after", after))}))
+    return folder
+
+
+def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
+    runs = [trained(tmp_path / "a", 0.0, 0, [1, 0, 1, 0]), trained(tmp_path / "b", 1.8, 0, [1, 1, 1, 0]),
+            trained(tmp_path / "c", 1.8, 1, [1, 1, 1, 1])]
+    compare([*map(str, runs), "--out", str(tmp_path / "out")])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert table[0][:6] == ["setting", "seeds", "held, greedy, %", "gain by training", "against the first",
+                            "paired problems"]
+    plain, weighted = table[2], table[3]
+    assert plain[:2] == ["sigma 0.0", "1"] and plain[2].startswith("50.0 [") and plain[3].startswith("+25.0 [")
+    assert weighted[:2] == ["sigma 1.8", "2"] and weighted[2].startswith("87.5 [") and plain[4] == "-"
+    assert weighted[4].startswith("+37.5 [") and weighted[5] == "4"
+    assert ["sigma", "0.0", "1.8"] in table and (tmp_path / "out/compare.md").exists()
+    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="b and .*b are of the same settings and seed"):
+        compare([str(runs[1]), str(runs[1])])
+    with pytest.raises(ValueError, match="no finished run"):
+        compare([str(tmp_path)])
+
+
+def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
+    for name, answers in (("a", "3333"), ("b", "3344")):
+        path = lines(tmp_path / f"{name}.jsonl", *({"id": i, "response": f"<answer>{a}</answer>"}
+                                                   for i, a in enumerate(answers, 1)))
+        command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", tmp_path / name)
+    compare([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "mathvista, given, %" in printed and "-50.0 [-100.0, +0.0] | 4" in printed
