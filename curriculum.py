@@ -158,7 +158,7 @@ def largest_size(supply: np.ndarray, mixing: np.ndarray = MIXING,
     """The size of the largest ladder that over-draws no level of [L] supply, empty levels aside; the level that limits
     it."""
     sizes = np.where(supply > 0, supply / (stage_shares @ mixing), np.inf)
-    return int(sizes.min() + 1e-9) if supply.any() else 0, int(sizes.argmin())
+    return min(int(sizes.min() + 1e-9), int(supply.sum())) if supply.any() else 0, int(sizes.argmin())
 
 
 def departures(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
@@ -379,7 +379,7 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
 
     def decide(row: dict) -> None:
         row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
-        decision = decision.lower()
+        decision, gold = decision.lower(), re.sub("^'(?=[=+@-])", "", gold)  # (see cell)
         if not decision and not gold:
             return
         if row_id not in known:
@@ -491,7 +491,7 @@ difficulty levels.
 
 ![shares and complexity by level, mixing by stage, examples](ladder.png)
 
-    datasets.load_dataset("FOLDER", split="train")       # rows in the order of training; column stage: 0 .. 8
+    datasets.load_dataset("FOLDER", split="train")       # stage after stage; column stage: 0 .. 8
     torchrun train.py --data FOLDER
 
 The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem`, `images`, `answer`).
@@ -624,7 +624,8 @@ def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
             raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
                              f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
     known = builds[0] if builds else {"model": "unknown"}
-    return known if len(builds) == len(args.data) == 1 else known | {"data": data_digest(records)}
+    whole = len(builds) == len(args.data) == 1 and args.limit is None
+    return known if whole else known | {"data": data_digest(records)}
 
 
 def settings_of(folder: Path) -> dict:
@@ -739,6 +740,7 @@ def show(argv: list[str]) -> None:
     ladder = load_records(args.ladder)
     print(report(ladder), "", *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
     draw(ladder, args.out)
+    print(f"-> {args.out}")
 
 
 def main() -> None:

@@ -75,6 +75,8 @@ class Record:
         def fail(why: str):
             raise ValueError(f"record {self.id}: {why}")
 
+        if isinstance(self.answer, dict):
+            fail("its answer is an object; write a text, a number, or a list of which any is right")
         several = isinstance(self.answer, (list, tuple))
         golds = tuple("" if gold is None else str(gold) for gold in (self.answer if several else [self.answer]))
         if not golds or not all(plain(gold) for gold in golds):
@@ -96,6 +98,8 @@ class Record:
                 fail(f"its answer is {len(gold)} characters long; no rule can judge more than {MAX_ANSWER}")
         settled = {"answer": golds if several else golds[0], "choices": choices, "images": tuple(self.images),
                    "answer_type": kind}
+        if self.difficulty is not None and not 0 <= self.difficulty <= 1:
+            fail(f"its difficulty is {self.difficulty}; it is 1 - pass rate, from 0 to 1")
         for name, value in settled.items():
             object.__setattr__(self, name, value)  # the record is frozen
 
@@ -362,8 +366,12 @@ def check_prompts(processor: Processor, records: list[Record], style: str, max_t
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        faults = list(pool.map(fault, records))
+    bar = tqdm(total=len(records), desc="checking prompts", unit="problem", disable=len(records) < 5000)
+    faults: list[str | None] = []
+    with bar, ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+        for batch in batches(records):
+            faults += pool.map(fault, batch)
+            bar.update(len(batch))
     good = [record for record, found in zip(records, faults, strict=True) if not found]
     return settle("prompts", good, [found for found in faults if found], skip_bad)
 
@@ -457,9 +465,10 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
         question = fields.get("question")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("its question is empty")
-        question.encode()  # a lone surrogate, half of a cut emoji, would fail much later: in the tokenizer
         reason = "unverifiable" if str(fields.get("answer") or "").strip(" []()") else "null gold"
         record = Record(id=record_id, images=images, **{"source": source} | fields)
+        reason = "malformed row"  # a lone surrogate, half of a cut emoji, would fail much later, and so would dates
+        json.dumps([record.id, record.source, record.text, record.golds, record.meta], ensure_ascii=False).encode()
         reason = "picture marks"
         marks = "".join((question, *record.choices)).count("<image>")
         if marks and marks != len(images):
@@ -467,8 +476,8 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
         return record
     except (AttributeError, KeyError, IndexError, OverflowError, TypeError) as error:
         return Dropped(record_id, reason, f"it is not as {source or 'its format'} writes it: {error!r}", images, meta)
-    except (ValueError, SyntaxError) as error:
-        return Dropped(record_id, reason, str(error), images, meta)
+    except (OSError, ValueError, SyntaxError) as error:  # OSError: no path, such as base64 without `data:`
+        return Dropped(record_id, reason, str(error)[:500], images, meta)
 
 
 def _tables(path_or_id: str, split: str | None = None) -> Iterator[tuple[str, tuple[Path, ...], Iterator]]:
@@ -621,7 +630,7 @@ def _any_fields(row: dict) -> dict:
         fields = _own_fields(row) if kind == "question" else _foreign_fields(row, kind)
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
-    images = fields.get("images") or row.get("images", row.get("image"))
+    images = fields.get("images") or row.get("images") or row.get("image")
     return fields | {"id": row.get("id", ""), "images": images}
 
 
@@ -631,7 +640,7 @@ def _own_fields(row: dict) -> dict:
     if unknown := row.keys() - {*names, "image", "answers"}:  # a dropped `options` would leave a question without them
         raise ValueError(f"{', '.join(sorted(unknown))}: no fields of a record ({', '.join(names)}); rename them, "
                          "or move them into `meta`")
-    fields = {name: row[name] for name in names[1:] if name in row}
+    fields = {name: row[name] for name in names[1:] if name in row} | {"source": str(row.get("source", ""))}
     fields["answer"] = row.get("answers", row.get("answer"))
     if isinstance(row.get("choices"), str):
         raise ValueError("its choices are one text; write a list of texts")
@@ -640,7 +649,7 @@ def _own_fields(row: dict) -> dict:
     for name, kind in (("precision", int), ("difficulty", float), ("complexity", float), ("stage", int)):
         if name in fields:
             fields[name] = kind(value := fields[name])  # 2.0, as pandas writes an int beside a null, is 2
-            if fields[name] != value:
+            if fields[name] != value or abs(value) >= 2**63:
                 raise ValueError(f"its {name} is {value!r}, where a number of type {kind.__name__} is needed")
     return fields
 
@@ -658,7 +667,10 @@ def _foreign_fields(row: dict, kind: str) -> dict:
     else:
         question, images = _chat(json.loads(row[kind]) if kind == "message" else row["prompt"])
         gold = row[kind]["ground_truth"] if kind == "reward_model" else gold
-    return {"question": question, "answer": _final_answer(gold), "images": images,
+    gold = _final_answer(gold)
+    if isinstance(gold, str) and len(gold.split()) > 8 and infer_answer_type((gold,), ()) == "text":
+        raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
+    return {"question": question, "answer": gold, "images": images,
             "source": str(row.get("data_source", row.get("source", "")))}
 
 
@@ -748,7 +760,7 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """`How long? A. 45; B. 60 ;C: 75` -> what stands before the options, and the options; (text, ()) where they cannot
     be told: no A and B, or nothing after a letter (they are in the picture)."""
     best: list[re.Match] = []
-    for opening in (r"^[^\S\n]*", r"(?<![\w°∠△\\])"):  # at starts of lines; else, where these give no three, anywhere
+    for opening in (r"^[^\S\n]*", r"(?<![\w°∠△\\])(?<!\w\()"):  # line starts; where these give no three, anywhere
         marks = list(re.finditer(rf"(?m){opening}[(\[]?([A-J])[)\].:：}}]", text))
         for first, mark in enumerate(marks):
             row = [mark] if mark[1] == "A" else []
@@ -879,8 +891,10 @@ def read_mathv360k(path: str) -> Iterator[Record | Dropped]:
     for _, _, rows in _tables(path, "train_samples_all_tuning"):
         for _, row in rows:
             try:
-                fields = _mathv360k(row)
-                label = sys.intern(normal_text(fields["answer"])[:80])
+                row = json.loads(row) if isinstance(row, bytes) else row
+                fields = _mathv360k({key: value for key, value in row.items() if value is not None})
+                number = parse_number(fields["answer"])
+                label = sys.intern(normal_text(fields["answer"])[:80] if number is None else f"{number:.9g}")
                 question = asked(fields)
             except (AttributeError, KeyError, TypeError, ValueError):
                 continue  # the second reading says why
@@ -1206,6 +1220,8 @@ def main() -> None:
     parser.add_argument("--exclude", default="", help="benchmarks whose problems to drop, by id and by picture: "
                         f"{','.join(BENCHMARKS)}; name=PATH reads a local copy, name=ID@SPLIT another split")
     args = parser.parse_args()
+    if not args.out.endswith(".parquet"):
+        raise ValueError(f"--out {args.out}: give a file that ends in .parquet")
     about = {"source": args.source, "input": args.input, "exclude": args.exclude}
     held = read_held(args.exclude) if args.exclude else None
     if held:
@@ -1219,7 +1235,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from data import main as command  # this very file, as the module that rewards imports: one class Record, not two
+
     try:
-        main()
+        command()
     except ValueError as error:
         sys.exit(f"error: {error}")

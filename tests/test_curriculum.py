@@ -547,3 +547,11 @@ def test_unmeasured_data_trains_in_random_order_only():
 def test_a_stage_that_the_data_lacks_is_named(ladder):
     with pytest.raises(ValueError, match="the data has no stage 3"):
         Curriculum([r for r in ladder if r.stage != 3], 16, stages=range(2, 5))
+
+
+@pytest.mark.parametrize("levels", [{8: 20}, {7: 200, 8: 190}, {0: 1}])
+def test_a_ladder_of_few_levels_is_no_larger_than_its_problems(levels):
+    """Empty levels used to count as endless: the default size failed after all rollouts were done."""
+    ladder = build_ladder(measured([levels.get(level, 0) for level in range(9)]))
+    assert 0 < len(ladder) <= sum(levels.values())
+    assert len({record.id for record in ladder}) == len(ladder)

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from data import (
     Record,
     load_records,
     open_image,
+    read_any,
     read_held,
     same_picture,
     save_records,
@@ -553,3 +555,50 @@ def test_saving_takes_no_more_records_than_it_writes(tmp_path):
 
     save_records(str(tmp_path / "x.parquet"), records())
     assert len(load_records(str(tmp_path / "x.parquet"))) == 1000
+
+
+# --- what a review found ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_written_is_one_dropped_record_and_not_the_end_of_the_run(tmp_path):
+    """Each of these used to end `data.py any` with a traceback, hours in, and nothing saved."""
+    rows = [{"id": "good", "question": "1 + 1?", "answer": "2", "source": 5},
+            {"id": "base64 as a path", "question": "Q?", "answer": "1", "image": "iVBORw0K" * 600},
+            '{"id": "surrogate", "question": "Q?", "answer": "\\ud800"}',
+            {"id": "huge", "question": "Q?", "answer": "1", "stage": 10**30},
+            {"id": "percent", "question": "Q?", "answer": "1", "difficulty": 37.5, "complexity": 1},
+            {"id": "object", "problem": "Q?", "answer": {"x": 1}},
+            {"problem": "Tell a story.", "answer": "once upon a time there was a very long answer indeed"}]
+    (tmp_path / "x.jsonl").write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    report = save_usable(read_any(str(tmp_path / "x.jsonl")), str(tmp_path / "out.parquet"))
+    assert (report["kept"], report["read"]) == (1, 7)
+    (record,) = load_records(str(tmp_path / "out.parquet"))
+    assert (record.id, record.source) == ("good", "5")
+    dropped = [json.loads(line) for line in (tmp_path / "out.dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == 6 and all(len(line["detail"]) < 700 for line in dropped)
+
+
+def test_image_beside_an_empty_images_is_not_lost(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "x.jsonl").write_text(json.dumps(
+        {"question": "Q?", "answer": "1", "images": [], "image": ["a.png"]}) + "\n")
+    (record,) = load_records(str(tmp_path / "x.jsonl"))
+    assert len(record.images) == 1
+
+
+def test_mathv360k_as_json_lines_and_labels_that_are_equal_numbers(tmp_path):
+    """The first pass used to skip JSON lines, so every row passed for a repeated one; 3 and 3.0 do not conflict."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"id": str(i), "image": "a.png", "conversations": [
+        {"from": "human", "value": f"<image>\nQuestion: {question}"},
+        {"from": "gpt", "value": f"The answer is {gold}"}]} for i, (question, gold) in enumerate(
+            [("How many?", "3"), ("How many?", "3.0"), ("How tall?", "4"), ("How wide?", "1"), ("How wide?", "2")])]
+    (tmp_path / "train_samples_all_tuning.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = list(SOURCES["mathv360k"](str(tmp_path / "train_samples_all_tuning.jsonl")))
+    assert [item.answer for item in made if not isinstance(item, Dropped)] == ["3", "4"]
+    assert Counter(item.reason for item in made if isinstance(item, Dropped)) == {
+        "repeated question": 1, "conflicting labels": 2}
+
+
+def test_function_notation_is_no_list_of_options():
+    assert split_options("f(A) = 3, f(B)=4, f(C)=5. What is f(D)?")[1] == ()
