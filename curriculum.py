@@ -211,6 +211,9 @@ def build_ladder(records: Iterable[Record], size: int | None = None, seed: int =
         raise ValueError(f"cannot build a ladder of {size} problems from {supply.sum()}")
     sizes = stage_sizes(size, stage_shares)
     take = allot(supply, sizes, mixing)
+    if not take.any():
+        raise ValueError(f"none of the {supply.sum()} problems is of a level that a ladder of {size} takes from; bring "
+                         "problems of other levels, or more of them")
     for line in departures(take, sizes, mixing):
         print(f"ladder: {line}", file=sys.stderr)
 

@@ -549,9 +549,14 @@ def test_a_stage_that_the_data_lacks_is_named(ladder):
         Curriculum([r for r in ladder if r.stage != 3], 16, stages=range(2, 5))
 
 
-@pytest.mark.parametrize("levels", [{8: 20}, {7: 200, 8: 190}, {0: 1}])
+@pytest.mark.parametrize("levels", [{8: 20}, {7: 200, 8: 190}, {0: 20}])
 def test_a_ladder_of_few_levels_is_no_larger_than_its_problems(levels):
     """Empty levels used to count as endless: the default size failed after all rollouts were done."""
     ladder = build_ladder(measured([levels.get(level, 0) for level in range(9)]))
     assert 0 < len(ladder) <= sum(levels.values())
     assert len({record.id for record in ladder}) == len(ladder)
+
+
+def test_one_easy_problem_is_no_ladder_and_not_an_empty_one():
+    with pytest.raises(ValueError, match="none of the 1 problems is of a level"):
+        build_ladder(measured([1] + [0] * 8))
