@@ -19,6 +19,7 @@ import ast
 import base64
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -374,6 +375,19 @@ def check_prompts(processor: Processor, records: list[Record], style: str, max_t
             bar.update(len(batch))
     good = [record for record, found in zip(records, faults, strict=True) if not found]
     return settle("prompts", good, [found for found in faults if found], skip_bad)
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """Changes with any change of what a run sees of the records, pictures included, and with their order."""
+    seen = hashlib.sha256()
+    for r in records:
+        seen.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, r.difficulty,
+                          r.complexity, r.stage, len(r.images))).encode(errors="backslashreplace"))
+        for image in r.images:
+            image = image.read() if isinstance(image, Picture) else image
+            image = image.tobytes() if isinstance(image, Image.Image) else image
+            seen.update(hashlib.sha256(image if isinstance(image, bytes) else Path(image).read_bytes()).digest())
+    return seen.hexdigest()[:16]
 
 
 def save_records(path: str, records: Iterable[Record]) -> None:

@@ -29,6 +29,8 @@ Shapes: P prompts, G responses of a group, N rows (responses), T response tokens
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -40,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,7 +56,7 @@ from transformers import HfArgumentParser
 from transformers import logging as hf_logging
 
 from curriculum import Curriculum
-from data import Processor, Record, check_prompts, load_records
+from data import Processor, Record, check_prompts, fingerprint, load_records
 from eval import before_after, evaluate, plot_curves, summarize, write_page
 from rewards import VERIFIER, Rewards, check_golds, group_rewards
 from rollout import Group, best_device, generation_config, load_policy, response_logprobs, sample_groups
@@ -339,24 +342,109 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(run: Path, model, processor: Processor, optimizer, state: dict, keep: int) -> Path:
-    """Write run/checkpoint-<step>: a plain Hugging Face folder, and trainer/ beside it. Whole or not at all."""
-    path, aside = run / f"checkpoint-{state['step']:06d}", run / "checkpoint.partial"
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that whoever reads it, after whatever kill, finds the old text or the new, never a half."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(run.glob("checkpoint-[0-9]*"))
+
+
+def save_checkpoint(run: Path, step: int, model, processor: Processor, optimizer, state: dict) -> Path:
+    """Write run/checkpoint-<step>: a plain Hugging Face folder, and trainer/ beside it. Whole or not at all.
+
+    Written aside, forced to disk, then renamed; trainer/sha256.json tells later whether it still is what was written.
+    Raises OSError, naming what is left and what to do, when it cannot be written.
+    """
+    path, aside = run / f"checkpoint-{step:06d}", run / "checkpoint.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.tokenizer.save_pretrained(aside)
-    processor.image_processor.save_pretrained(aside)
-    (aside / "trainer").mkdir()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     moments = optimizer.state_dict()["state"]  # index -> {step, exp_avg, exp_avg_sq}
-    save_file({f"{key}/{names[i]}": value.contiguous() for i, entry in moments.items() for key, value in entry.items()},
-              aside / "trainer" / "optimizer.safetensors")
-    (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(aside, path)
-    for old in sorted(run.glob("checkpoint-*"))[:-keep]:
-        shutil.rmtree(old)
+    try:
+        model.save_pretrained(aside)
+        processor.tokenizer.save_pretrained(aside)
+        processor.image_processor.save_pretrained(aside)
+        (aside / "trainer").mkdir()
+        save_file({f"{key}/{names[i]}": value.contiguous() for i, entry in moments.items()
+                   for key, value in entry.items()}, aside / "trainer" / "optimizer.safetensors")
+        (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1))
+        sums = {}
+        for file in [file for file in sorted(aside.rglob("*")) if file.is_file()]:
+            with open(file, "rb") as content:
+                sums[str(file.relative_to(aside))] = hashlib.file_digest(content, "sha256").hexdigest()
+                os.fsync(content.fileno())
+        write_whole(aside / "trainer" / "sha256.json", json.dumps(sums, indent=1))
+        for folder in (aside / "trainer", aside):
+            sync(folder)
+        os.replace(aside, path)
+        sync(run)
+    except Exception as error:  # (safetensors has errors of its own for a full disk)
+        size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file()) / 1e9
+        shutil.rmtree(aside, ignore_errors=True)
+        left, free = checkpoints(run), shutil.disk_usage(run).free / 1e9
+        raise OSError(f"{path} could not be saved: {error} ({size:.2f} GB of it were written, {free:.2f} GB are free). "
+                      f"The checkpoints before it are whole, the newest is {left[-1].name if left else 'none'}. Make "
+                      "room, or lower --keep, then go on with --resume") from error
     return path
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None: every byte is what was written."""
+    try:
+        for name, written in json.loads((path / "trainer" / "sha256.json").read_text()).items():
+            with open(path / name, "rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != written:
+                    return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is whole, None where there are none at all; damaged ones are set aside, and said so.
+
+    Raises ValueError when all are damaged.
+    """
+    damaged = []
+    for path in reversed(checkpoints(run)):
+        fault = damage(path)
+        if fault is None:
+            for bad in damaged:
+                shutil.rmtree(run / bad.name.replace("checkpoint", "damaged"), ignore_errors=True)
+                os.replace(bad, run / bad.name.replace("checkpoint", "damaged"))
+            return path
+        tqdm.write(f"{path} is damaged: {fault}; taking the one before it")
+        damaged.append(path)
+    if damaged:
+        raise ValueError(f"--resume: no checkpoint of {run} is whole; bring one back from a copy, or start again with "
+                         "another --out")
+    return None
+
+
+def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
+    """Name the checkpoint of highest held-out accuracy (the earliest, of equals) in best.json; delete all but this and
+    the newest `keep`. evals: step -> greedy accuracy."""
+    there = {int(path.name.split("-")[1]): path for path in checkpoints(run)}
+    best = max((step for step in evals if step in there), key=lambda step: (evals[step], -step), default=None)
+    if best is not None:
+        write_whole(run / "best.json", json.dumps({"checkpoint": there[best].name, "accuracy": evals[best]}))
+    for step in sorted(there)[:-keep]:
+        if step != best:
+            shutil.rmtree(there[step])
 
 
 def load_optimizer(path: Path, model, optimizer) -> None:
@@ -369,17 +457,21 @@ def load_optimizer(path: Path, model, optimizer) -> None:
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read_log(path: Path, last_step: int) -> list[dict]:
-    """Lines of a log up to last_step; what a killed process left of a line comes after it and goes with the rest."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if line["step"] > last_step:
-            break
-        lines.append(line)
+def cut_log(path: Path, last_step: int) -> list[dict]:
+    """Lines of a log up to last_step; later ones, and what a killed process left of a line, are cut off the file."""
+    lines, size = [], 0
+    with open(path, "a+b") as file:
+        file.seek(0)
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line["step"] > last_step or not text.endswith(b"\n"):
+                break
+            lines.append(line)
+            size += len(text)
+        file.truncate(size)
     return lines
 
 
@@ -408,27 +500,32 @@ def environment() -> dict:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
+# Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
+FREE = ("micro_batch", "rollout_rows", "gradient_checkpointing", "save_every", "keep", "tracker")
+
+
 def find_run(cfg: Config) -> Path | None:
     """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
-    Raises ValueError when the folder holds another run, or when --resume finds other settings than the run began with.
+    Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with, or
+    when all of its checkpoints are damaged.
     """
     run = Path(cfg.out)
     settings = asdict(cfg) | {"resume": False}
     if not (run / "config.json").exists():
         if cfg.resume:
             raise ValueError(f"--resume: {run} holds no run; check --out")
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(path.suffix != ".partial" for path in run.iterdir()):
             raise ValueError(f"{run} is not empty; choose another --out")
         return None
     if not cfg.resume:
         raise ValueError(f"{run} holds another run; add --resume to go on with it, or choose another --out")
     before = json.loads((run / "config.json").read_text())
-    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]
+    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in FREE]
     if changed:
         raise ValueError(f"--resume: settings differ from those {run} began with ({'; '.join(changed)}); "
                          "give the same, or start a new run with another --out")
-    return max(run.glob("checkpoint-0*"), default=None)
+    return newest_whole(run)
 
 
 def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
@@ -495,8 +592,13 @@ def main(args: list[str] | None = None) -> None:
                                   weight_decay=0.0)
 
     run.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves no folder in the way of the mended command
-    (run / "config.json").write_text(json.dumps(asdict(cfg) | {"resume": False}, indent=1))
-    (run / "environment.json").write_text(json.dumps(environment(), indent=1))
+    write_whole(run / "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
+    lock = open(run / "lock", "w")  # held as long as the process lives
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
+    write_whole(run / "environment.json", json.dumps(environment(), indent=1))
     accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
     accelerator.init_trackers(run.name, config=asdict(cfg))
@@ -508,59 +610,103 @@ def main(args: list[str] | None = None) -> None:
     print(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
           f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out")
 
-    state = {"step": 0, "before": {}}
+    data = {"train": fingerprint(train), "test": fingerprint(test)}
     if resume_from:
         state = json.loads((resume_from / "trainer" / "state.json").read_text())
-        load_optimizer(resume_from, model, optimizer)
+        for name, path in (("train", cfg.data), ("test", cfg.test)):
+            if state[name] != data[name]:
+                raise ValueError(f"{path} was changed since {resume_from} was saved; resume with the data that the run "
+                                 "began with, or start a new run with another --out")
         curriculum.load_state_dict(state["curriculum"])
+        load_optimizer(resume_from, model, optimizer)
         print(f"resumed from {resume_from}")
-    last = state["step"] if resume_from else -1
-    logs = {name: read_log(run / name, last) for name in ("metrics.jsonl", "responses.jsonl")}
-    for name, lines in logs.items():  # cut back to the checkpoint, so that no step stands twice
-        (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    saved = curriculum.position if resume_from else -1  # the newest checkpoint's step
+    logs = {name: cut_log(run / name, saved) for name in ("metrics.jsonl", "responses.jsonl")}  # no step stands twice
 
     def log(name: str, line: dict) -> None:
         logs[name].append(line)
         with open(run / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def held_out(records: list[Record], samples: int = 0) -> dict[str, dict]:
-        """Scores greedy and, with `samples` times a problem, at temperature 1."""
-        return {name: summarize(list(evaluate(
-            model, processor, records, style=cfg.prompt, temperature=temperature, samples=k,
-            max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)))
-            for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, samples)) if k}
+    def evals() -> dict[int, dict[str, dict]]:
+        """Held-out scores by step."""
+        return {line["step"]: line["eval"] for line in logs["metrics.jsonl"] if "eval" in line}
 
-    def save() -> Path:
-        now = state | {"curriculum": curriculum.state_dict()}
-        path = save_checkpoint(run, model, processor, optimizer, now, cfg.keep)
+    def greedy_accuracy() -> dict[int, float]:
+        """Of those problems that every evaluation answered."""
+        ids = [r.id for r in test[:cfg.eval_limit or None]]
+        return {step: sum(scores["greedy"]["by_problem"][i] for i in ids) / len(ids)
+                for step, scores in evals().items()}
+
+    def save() -> None:
+        nonlocal saved
+        if curriculum.position > saved:
+            for name in logs:  # the log reaches the disk before the checkpoint that it belongs to
+                sync(run / name)
+            save_checkpoint(run, curriculum.position, model, processor, optimizer,
+                            data | {"curriculum": curriculum.state_dict()})
+            saved = curriculum.position
+            mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
+
+    def draw() -> None:
         plot_curves(logs["metrics.jsonl"], run / "curves.png")
         write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
-        return path
 
-    stopping: list[int] = []  # a signal asks to stop; an update under way is finished first, so that all saved is whole
+    asked: list[int] = []  # signals that asked to stop
+    at_once = False  # may a signal cut short what is under way? Not an update: all that is saved is whole
 
     def ask_to_stop(number: int, frame) -> None:
-        if not stopping:
-            tqdm.write("\nstopping: what is under way is finished, then saved")
-        stopping.append(number)
+        nonlocal at_once
+        if not asked:  # (os.write, for print is not to be interrupted by itself)
+            os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
+        asked.append(number)
+        if at_once:
+            at_once = False
+            raise KeyboardInterrupt
+
+    def unless_stopped(work: Callable):
+        """The work's result; None when a signal has asked to stop, during the work or before it."""
+        nonlocal at_once
+        try:
+            at_once = True
+            result = None if asked else work()
+            at_once = False
+        except KeyboardInterrupt:
+            result = None
+        return None if asked else result
+
+    def held_out() -> None:
+        """Answer the held-out problems if they are due: before the first step, at each stage's end and after the last;
+        greedily and, at the two ends, also at temperature 1."""
+        step = curriculum.position
+        if not test or step in evals() or not (step == 0 or curriculum.batches[step - 1].ends_stage):
+            return
+        ends = step in (0, len(curriculum))
+        records = test if ends else test[:cfg.eval_limit or None]
+        scores = {}
+        for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
+            results = unless_stopped(lambda t=temperature, k=k: list(evaluate(
+                model, processor, records, style=cfg.prompt, temperature=t, samples=k,
+                max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)))
+            if results is None:
+                return
+            scores[name] = summarize(results)
+        log("metrics.jsonl", {"step": step, "eval": scores})
+        mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    if test and not state["before"]:
-        state["before"] = held_out(test, cfg.eval_samples)
-        log("metrics.jsonl", {"step": 0, "eval": state["before"]})
+    held_out()
     bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout")
     for batch in curriculum:
-        step = state["step"] = state["step"] + 1
+        step = curriculum.position
 
         # 1. Sample G responses to each of P prompts.
         t0 = time.perf_counter()
         prompts = [processor.encode(r, cfg.prompt) for r in batch.records]
-        groups = sample_groups(model, processor, batch.records, prompts, samples=cfg.group_size,
-                               temperature=cfg.temperature, max_tokens=cfg.max_response_tokens,
-                               seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
-        if stopping:  # the policy is still what it was after the step before
-            state["step"] -= 1
+        groups = unless_stopped(lambda p=prompts, r=batch.records, n=step: sample_groups(
+            model, processor, r, p, samples=cfg.group_size, temperature=cfg.temperature,
+            max_tokens=cfg.max_response_tokens, seed=cfg.seed * 1_000_003 + n, max_rows=cfg.rollout_rows))
+        if groups is None:  # the policy is still what it was after the step before
             curriculum.position -= 1
             break
 
@@ -584,7 +730,7 @@ def main(args: list[str] | None = None) -> None:
             stats = update(model, reference, processor, optimizer, groups, rewards, lrs, cfg)
         except FloatingPointError as error:
             raise SystemExit(f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. "
-                             f"The newest whole checkpoint is {max(run.glob('checkpoint-0*'), default='none')}; "
+                             f"The newest whole checkpoint is {(checkpoints(run) or ['none'])[-1]}; "
                              "try a lower --lr or --grad-clip from there in a new run.") from error
 
         # 4. Log.
@@ -592,37 +738,39 @@ def main(args: list[str] | None = None) -> None:
         metrics |= stats | {"verifier_timeouts": VERIFIER.timeouts,
                             "tokens_per_second": lengths.sum().item() / (t3 - t0), "seconds_rollout": t1 - t0,
                             "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
-
-        # 5. Evaluate at the end of a stage; save.
-        last = curriculum.position == len(curriculum)
-        if test and batch.ends_stage:
-            metrics["eval"] = held_out(test, cfg.eval_samples) if last else held_out(test[:cfg.eval_limit or None])
         log("metrics.jsonl", metrics)
         accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         bar.update()
         bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
                         length=f"{metrics['length']:.0f}")
+
+        # 5. Save; at the end of a stage, evaluate.
         if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
             save()
-        if stopping:
+        held_out()
+        if curriculum.position == saved:
+            draw()
+        if asked:
             break
     bar.close()
+    save()
+    draw()
     accelerator.end_training()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if curriculum.position < len(curriculum):
-        print(f"stopped after step {state['step']}, saved {save()}; the same command with --resume goes on")
+    if curriculum.position < len(curriculum) or (test and len(curriculum) not in evals()):
+        print(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
         return
     if test:
-        after = next(line["eval"] for line in reversed(logs["metrics.jsonl"]) if "eval" in line)
-        print("\n" + before_after(state["before"], after))
-        (run / "scores.json").write_text(json.dumps({"before": state["before"], "after": after}, indent=1))
-    print(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, "
-          f"{max(run.glob('checkpoint-0*')).name} (a Hugging Face folder)")
+        before, after = evals()[0], evals()[len(curriculum)]
+        print("\n" + before_after(before, after))
+        write_whole(run / "scores.json", json.dumps({"before": before, "after": after}, indent=1))
+    print(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, {checkpoints(run)[-1].name} (a Hugging "
+          "Face folder)")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # what the user can mend: one line, not a stack
+    except (ValueError, OSError) as error:  # what the user can mend: one line, not a stack
         sys.exit(f"error: {error}")
