@@ -298,7 +298,7 @@ class Curriculum:
             yield batch
 
     def digest(self) -> str:
-        """Changes with the choice of problems, their order and the batches (their content: data.fingerprint)."""
+        """Changes with the choice of problems, their order and the batches (their content: eval.data_digest)."""
         text = "\n".join(f"{b.stage} {r.id}" for b in self.batches for r in b.records)
         return hashlib.sha256(f"{len(self)}\n{text}".encode()).hexdigest()[:16]
 

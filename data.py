@@ -19,7 +19,6 @@ import ast
 import base64
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -377,19 +376,6 @@ def check_prompts(processor: Processor, records: list[Record], style: str, max_t
     return settle("prompts", good, [found for found in faults if found], skip_bad)
 
 
-def fingerprint(records: Iterable[Record]) -> str:
-    """Changes with any change of what a run sees of the records, pictures included, and with their order."""
-    seen = hashlib.sha256()
-    for r in records:
-        seen.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, r.difficulty,
-                          r.complexity, r.stage, len(r.images))).encode(errors="backslashreplace"))
-        for image in r.images:
-            image = image.read() if isinstance(image, Picture) else image
-            image = image.tobytes() if isinstance(image, Image.Image) else image
-            seen.update(hashlib.sha256(image if isinstance(image, bytes) else Path(image).read_bytes()).digest())
-    return seen.hexdigest()[:16]
-
-
 def save_records(path: str, records: Iterable[Record]) -> None:
     """Write a Parquet file with the pictures inside, one column to a field of Record; whole or not at all.
 
@@ -488,7 +474,7 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
         if marks and marks != len(images):
             raise ValueError(f"{marks} <image> marks for {len(images)} pictures; write a mark for each, or none")
         return record
-    except (AttributeError, KeyError, IndexError, OverflowError, TypeError) as error:
+    except (AttributeError, KeyError, IndexError, OverflowError, TypeError, RecursionError, MemoryError) as error:
         return Dropped(record_id, reason, f"it is not as {source or 'its format'} writes it: {error!r}", images, meta)
     except (OSError, ValueError, SyntaxError) as error:  # OSError: no path, such as base64 without `data:`
         return Dropped(record_id, reason, str(error)[:500], images, meta)
@@ -1034,8 +1020,8 @@ class Processor:
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
             self.image_id: int = self.tokenizer.get_vocab()["<|image_pad|>"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a Qwen vision-language model, or incomplete, and nothing of that name can "

@@ -775,9 +775,12 @@ def check_same(folder: Path, what: str, before: dict, now: dict) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, whatever is killed when."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1))
+    with open(part, "w") as file:
+        file.write(json.dumps(value, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 

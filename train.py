@@ -56,8 +56,17 @@ from transformers import HfArgumentParser
 from transformers import logging as hf_logging
 
 from curriculum import Curriculum
-from data import Processor, Record, check_prompts, fingerprint, load_records
-from eval import before_after, evaluate, plot_curves, summarize, write_page
+from data import Processor, Record, check_prompts, load_records
+from eval import (
+    before_after,
+    check_same,
+    data_digest,
+    evaluate,
+    plot_curves,
+    summarize,
+    write_json,
+    write_page,
+)
 from rewards import VERIFIER, Rewards, check_golds, group_rewards
 from rollout import Group, best_device, generation_config, load_policy, response_logprobs, sample_groups
 
@@ -342,16 +351,6 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that whoever reads it, after whatever kill, finds the old text or the new, never a half."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted(run.glob("checkpoint-[0-9]*"))
@@ -380,18 +379,17 @@ def save_checkpoint(run: Path, step: int, model, processor: Processor, optimizer
             with open(file, "rb") as content:
                 sums[str(file.relative_to(aside))] = hashlib.file_digest(content, "sha256").hexdigest()
                 os.fsync(content.fileno())
-        write_whole(aside / "trainer" / "sha256.json", json.dumps(sums, indent=1))
+        write_json(aside / "trainer" / "sha256.json", sums)
         for folder in (aside / "trainer", aside):
             sync(folder)
         os.replace(aside, path)
         sync(run)
     except Exception as error:  # (safetensors has errors of its own for a full disk)
-        size = sum(file.stat().st_size for file in aside.rglob("*") if file.is_file()) / 1e9
         shutil.rmtree(aside, ignore_errors=True)
         left, free = checkpoints(run), shutil.disk_usage(run).free / 1e9
-        raise OSError(f"{path} could not be saved: {error} ({size:.2f} GB of it were written, {free:.2f} GB are free). "
-                      f"The checkpoints before it are whole, the newest is {left[-1].name if left else 'none'}. Make "
-                      "room, or lower --keep, then go on with --resume") from error
+        raise OSError(f"{path} could not be saved: {error} ({free:.2f} GB are free). The checkpoints before it are "
+                      f"whole, the newest is {left[-1].name if left else 'none'}. Make room, or lower --keep, then go "
+                      "on with --resume") from error
     return path
 
 
@@ -439,9 +437,10 @@ def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
     """Name the checkpoint of highest held-out accuracy (the earliest, of equals) in best.json; delete all but this and
     the newest `keep`. evals: step -> greedy accuracy."""
     there = {int(path.name.split("-")[1]): path for path in checkpoints(run)}
-    best = max((step for step in evals if step in there), key=lambda step: (evals[step], -step), default=None)
+    scored = [step for step in there if step > 0 and step in evals]
+    best = max(scored, key=lambda step: (evals[step], -step), default=None)
     if best is not None:
-        write_whole(run / "best.json", json.dumps({"checkpoint": there[best].name, "accuracy": evals[best]}))
+        write_json(run / "best.json", {"checkpoint": there[best].name, "accuracy": evals[best]})
     for step in sorted(there)[:-keep]:
         if step != best:
             shutil.rmtree(there[step])
@@ -501,7 +500,9 @@ def environment() -> dict:
 
 
 # Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
-FREE = ("micro_batch", "rollout_rows", "gradient_checkpointing", "save_every", "keep", "tracker")
+# Folders may have moved; data_digest tells whether the problems are the same.
+FREE = ("resume", "out", "data", "test", "micro_batch", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
+        "tracker")
 
 
 def find_run(cfg: Config) -> Path | None:
@@ -511,20 +512,17 @@ def find_run(cfg: Config) -> Path | None:
     when all of its checkpoints are damaged.
     """
     run = Path(cfg.out)
-    settings = asdict(cfg) | {"resume": False}
     if not (run / "config.json").exists():
         if cfg.resume:
             raise ValueError(f"--resume: {run} holds no run; check --out")
-        if run.exists() and any(path.suffix != ".partial" for path in run.iterdir()):
+        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise ValueError(f"{run} is not empty; choose another --out")
         return None
     if not cfg.resume:
         raise ValueError(f"{run} holds another run; add --resume to go on with it, or choose another --out")
-    before = json.loads((run / "config.json").read_text())
-    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in FREE]
-    if changed:
-        raise ValueError(f"--resume: settings differ from those {run} began with ({'; '.join(changed)}); "
-                         "give the same, or start a new run with another --out")
+    before, now = ({k: v for k, v in settings.items() if k not in FREE}
+                   for settings in (json.loads((run / "config.json").read_text()), asdict(cfg)))
+    check_same(run, "a run", before, now)
     return newest_whole(run)
 
 
@@ -592,13 +590,13 @@ def main(args: list[str] | None = None) -> None:
                                   weight_decay=0.0)
 
     run.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves no folder in the way of the mended command
-    write_whole(run / "config.json", json.dumps(asdict(cfg) | {"resume": False}, indent=1))
+    write_json(run / "config.json", asdict(cfg) | {"resume": False})
     lock = open(run / "lock", "w")  # held as long as the process lives
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
-    write_whole(run / "environment.json", json.dumps(environment(), indent=1))
+    write_json(run / "environment.json", environment())
     accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
     accelerator.init_trackers(run.name, config=asdict(cfg))
@@ -610,13 +608,10 @@ def main(args: list[str] | None = None) -> None:
     print(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
           f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out")
 
-    data = {"train": fingerprint(train), "test": fingerprint(test)}
+    data = {"train": data_digest(train), "test": data_digest(test)}
     if resume_from:
         state = json.loads((resume_from / "trainer" / "state.json").read_text())
-        for name, path in (("train", cfg.data), ("test", cfg.test)):
-            if state[name] != data[name]:
-                raise ValueError(f"{path} was changed since {resume_from} was saved; resume with the data that the run "
-                                 "began with, or start a new run with another --out")
+        check_same(run, "a run", state["data"], data)
         curriculum.load_state_dict(state["curriculum"])
         load_optimizer(resume_from, model, optimizer)
         print(f"resumed from {resume_from}")
@@ -644,7 +639,7 @@ def main(args: list[str] | None = None) -> None:
             for name in logs:  # the log reaches the disk before the checkpoint that it belongs to
                 sync(run / name)
             save_checkpoint(run, curriculum.position, model, processor, optimizer,
-                            data | {"curriculum": curriculum.state_dict()})
+                            {"data": data, "curriculum": curriculum.state_dict()})
             saved = curriculum.position
             mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
 
@@ -764,7 +759,7 @@ def main(args: list[str] | None = None) -> None:
     if test:
         before, after = evals()[0], evals()[len(curriculum)]
         print("\n" + before_after(before, after))
-        write_whole(run / "scores.json", json.dumps({"before": before, "after": after}, indent=1))
+        write_json(run / "scores.json", {"before": before, "after": after})
     print(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, {checkpoints(run)[-1].name} (a Hugging "
           "Face folder)")
 

@@ -1,4 +1,5 @@
 """What the tests share: the built-in world, loaded once."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import logging  # noqa: E402
 
-from data import Processor, Record, load_records  # noqa: E402
+import train  # noqa: E402
+from data import Processor, Record, load_records, save_records  # noqa: E402
 from rollout import load_policy  # noqa: E402
 
 logging.set_verbosity_error()
@@ -38,3 +41,34 @@ def model(shipped):
 @pytest.fixture(scope="session")
 def test_set() -> list[Record]:
     return load_records(str(TOY / "test.parquet"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, test_set) -> list[str]:
+    """Options of a run of six rollouts on three stages of a small ladder."""
+    folder = tmp_path_factory.mktemp("small")
+    ladder = load_records(str(TOY / "ladder"))
+    records = [r for stage in (0, 1, 2) for r in [x for x in ladder if x.stage == stage][:8]]
+    save_records(str(folder / "ladder.parquet"), records)
+    save_records(str(folder / "test.parquet"), test_set[:6])
+    return ["--data", str(folder), "--test", str(folder / "test.parquet"), "--prompts-per-rollout", "4", "--group-size",
+            "4", "--updates-per-rollout", "2", "--max-response-tokens", "60", "--eval-samples", "2", "--lr", "1e-4"]
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    clock = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def whole_run(small, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*small, "--out", str(run)])
+    return run
+
+
+def weights(run: Path) -> dict:
+    newest = max(run.glob("checkpoint-0*"))
+    return load_file(newest / "model.safetensors") | load_file(newest / "trainer" / "optimizer.safetensors")

@@ -1,0 +1,322 @@
+"""What goes wrong with long runs, tried: kills, full disks, damaged and changed files, data and models of others.
+
+The verifier that hangs, the one that eats memory and the response of 100,000 brackets are in test_rewards.py, a loss
+that is not finite in test_train.py, pictures that lead out of their folder or burst in test_data.py, what a model
+writes into a page in test_eval.py and test_curriculum.py.
+"""
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TOY, lines, weights
+
+import train
+from data import Processor, load_records, save_records
+from rollout import load_policy
+from train import checkpoints, damage, main, mark_best_and_prune, newest_whole
+
+
+def same_run(run: Path, whole: Path) -> None:
+    """Log, responses, closing scores, weights and moments, to the bit."""
+    assert lines(run) == lines(whole)
+    for name in ("responses.jsonl", "scores.json", "best.json"):
+        assert (run / name).read_text() == (whole / name).read_text(), name
+    want, got = weights(whole), weights(run)
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+
+
+@pytest.fixture
+def copy(whole_run, tmp_path) -> Path:
+    """A finished run of one's own."""
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+# --- damaged, full, changed ------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: flip(path / "model.safetensors"),
+    lambda path: flip(path / "trainer/optimizer.safetensors"),
+    lambda path: os.truncate(path / "model.safetensors", 1000),
+    lambda path: (path / "tokenizer.json").unlink(),
+    lambda path: (path / "trainer/sha256.json").unlink(),
+    lambda path: shutil.rmtree(path / "trainer")], ids=["bit", "moments", "cut", "missing", "no sums", "no trainer"])
+def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(copy, harm, capsys):
+    """One flipped bit loads without complaint; half a folder is what a copy that ran out of time leaves."""
+    harm(copy / "checkpoint-000006")
+    assert newest_whole(copy).name == "checkpoint-000004"
+    assert "checkpoint-000006 is damaged: " in capsys.readouterr().out
+    assert (copy / "damaged-000006").is_dir(), "set aside, not deleted"
+
+
+def test_from_the_checkpoint_before_a_damaged_one_comes_the_same_run(small, copy, whole_run):
+    flip(copy / "checkpoint-000006/model.safetensors")
+    main([*small, "--out", str(copy), "--resume"])
+    same_run(copy, whole_run)
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained_over(small, copy):
+    """Starting again from nothing would cut the log of the run to nothing."""
+    for path in checkpoints(copy):
+        flip(path / "model.safetensors")
+    before = (copy / "metrics.jsonl").read_text(), checkpoints(copy)
+    with pytest.raises(ValueError, match="no checkpoint of .* is whole"):
+        main([*small, "--out", str(copy), "--resume"])
+    assert ((copy / "metrics.jsonl").read_text(), checkpoints(copy)) == before
+
+
+def test_best_is_kept_and_the_earliest_of_equals(tmp_path):
+    for step in range(1, 7):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    mark_best_and_prune(tmp_path, {0: 0.9, 2: 0.5, 4: 0.5, 6: 0.4}, keep=1)
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["2", "6"]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "checkpoint-000002", "accuracy": 0.5}
+
+
+def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(small, whole_run, tmp_path, monkeypatch):
+    """At the second save, while the weights, the moments and the names are written; the moments' error is safetensors'
+    own, and no OSError."""
+    run = tmp_path / "run"
+    for owner, name, real in ((os, "fsync", os.fsync), (train, "save_file", train.save_file), (os, "replace", os.replace)):
+        def full(*args, real=real, name=name, **options):
+            if (run / "checkpoint-000002").exists() and (run / "checkpoint.partial").exists():
+                raise (RuntimeError("I/O error: No space left on device (os error 28)") if name == "save_file" else
+                       OSError(errno.ENOSPC, "No space left on device"))
+            return real(*args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+            patch.setattr(owner, name, full)
+            main([*small, "--out", str(run), *(["--resume"] if run.exists() else [])])
+        assert "checkpoint-000004 could not be saved: " in str(error.value) and "No space left" in str(error.value)
+        assert "the newest is checkpoint-000002. Make room, or lower --keep" in str(error.value)
+        assert not (run / "checkpoint.partial").exists(), "half a checkpoint only takes room"
+        assert damage(run / "checkpoint-000002") is None
+    main([*small, "--out", str(run), "--resume"])
+    same_run(run, whole_run)
+
+
+def changed(small: list[str], tmp_path: Path, which: str, change) -> list[str]:
+    """The options, with one file of data rewritten with `change` done to its records."""
+    index = small.index(which) + 1
+    source = Path(small[index])
+    file = source / "ladder.parquet" if source.is_dir() else source
+    save_records(str(tmp_path / file.name), change(load_records(str(file))))
+    return [*small[:index], str(tmp_path / file.name), *small[index + 1:]]
+
+
+@pytest.mark.parametrize("which, told", [("--data", "train"), ("--test", "test")])
+def test_data_changed_between_save_and_resume_is_refused(small, copy, tmp_path, which, told):
+    """Gold, order, number, question, picture. At another place the same data are welcome: folders move."""
+    before = (copy / "metrics.jsonl").read_text()
+    for change in (lambda r: [replace(r[0], answer="77"), *r[1:]], lambda r: r[::-1], lambda r: r[:-1],
+                   lambda r: [replace(r[0], question=r[0].question + " "), *r[1:]],
+                   lambda r: [replace(r[0], images=r[1].images), *r[1:]]):
+        with pytest.raises(ValueError, match=f"{told}: .* problems .* there, .* now"):
+            main([*changed(small, tmp_path, which, change), "--out", str(copy), "--resume"])
+    assert (copy / "metrics.jsonl").read_text() == before and damage(copy / "checkpoint-000006") is None
+    main([*changed(small, tmp_path, which, list), "--out", str(copy), "--resume"])
+
+
+def test_what_does_not_change_the_steps_may_change_on_resume(small, copy, capsys):
+    main([*small, "--out", str(copy), "--resume", "--keep", "1", "--save-every", "3"])
+    assert "resumed from" in capsys.readouterr().out and json.loads((copy / "config.json").read_text())["keep"] == 1
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        main([*small, "--out", str(copy), "--resume", "--seed", "1"])
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(small, copy):
+    """A job that the cluster starts again while the old one still writes would interleave two logs."""
+    code = f"import fcntl, time; f = open({str(copy / 'lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', " \
+           "flush=True); time.sleep(60)"
+    with subprocess.Popen([os.sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is training there"):
+            main([*small, "--out", str(copy), "--resume"])
+        other.kill()
+
+
+def test_a_stop_during_an_evaluation_loses_no_step(small, whole_run, tmp_path, monkeypatch):
+    """An evaluation may take longer than a cluster waits; what it follows is saved already, and it is made up for."""
+    run, real, calls = tmp_path / "run", train.evaluate, []
+
+    def stop_at_stage_end(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:  # before: greedy, sampled; then the end of the first stage
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "evaluate", stop_at_stage_end)
+    main([*small, "--out", str(run)])
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(run)] == [0, 1, 2] and checkpoints(run)[-1].name == "checkpoint-000002"
+    main([*small, "--out", str(run), "--resume"])
+    same_run(run, whole_run)
+
+
+def test_a_stop_before_the_first_step_can_be_resumed(small, whole_run, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **o: signal.raise_signal(signal.SIGINT) or real(*a, **o))
+    main([*small, "--out", str(run)])
+    monkeypatch.undo()
+    assert lines(run) == []
+    main([*small, "--out", str(run), "--resume"])
+    same_run(run, whole_run)
+
+
+# --- data and models of others ---------------------------------------------------------------------------------------
+
+
+def test_no_code_of_others_is_run():
+    """No eval, no exec, no shell, no pickle, no remote code: read off the syntax of the six files."""
+    for file in sorted(ROOT.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            where = f"{file.name}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}, where
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "compile", "os.system", "__import__", "torch.load"), where
+                assert not name.endswith(("torch.save", "allow_pickle")), where
+                for option in node.keywords:
+                    assert option.arg != "trust_remote_code" or option.value.value is False, where
+                    assert option.arg not in ("shell", "allow_pickle"), where
+
+
+def test_a_model_folder_that_brings_code_runs_none_of_it(tmp_path, shipped):
+    """`auto_map` names a Python file in the folder; transformers would ask on a terminal whether to run it."""
+    folder = Path(shutil.copytree(TOY / "model", tmp_path / "model"))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = {kind: "evil.Evil" for kind in (
+            "AutoConfig", "AutoModelForImageTextToText", "AutoImageProcessor")} | {"AutoTokenizer": ["evil.Evil"] * 2}
+        (folder / name).write_text(json.dumps(config))
+    Processor(str(folder))
+    model = load_policy(str(folder))
+    assert torch.equal(model.lm_head.weight, shipped.lm_head.weight)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    with pytest.raises(ValueError, match="not a model folder"):
+        load_policy(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_pickled_code_are_refused(tmp_path, shipped):
+    """An old .bin file is a pickle: transformers reads tensors from it and nothing else."""
+    folder = Path(shutil.copytree(TOY / "model", tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        load_policy(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_rows_of_a_hundred_thousand_brackets_are_bad_records(tmp_path):
+    """They overflow json's stack, which is no ValueError."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="x.jsonl, line 2"):
+        load_records(str(path))
+
+
+# --- kills (slow) ----------------------------------------------------------------------------------------------------
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train"])  # so that each of some thirty processes starts at once
+
+
+def start(options: list[str], run: Path):
+    resume = ["--resume"] if (run / "config.json").exists() else []
+    process = context.Process(target=main, args=([*options, "--out", str(run), *resume],))
+    process.start()
+    return process
+
+
+def partial(run: Path) -> bool:
+    return (run / "checkpoint.partial").exists()
+
+
+@pytest.fixture
+def brief(small) -> list[str]:
+    return [*small, "--max-response-tokens", "24", "--eval-samples", "1", "--save-every", "1"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
+    """Each run is killed twice, once of them in the middle of saving, then left to end: the same run."""
+    start(brief, tmp_path / "warm").join()
+    began = time.time()
+    whole = start(brief, tmp_path / "whole")
+    whole.join()
+    seconds, rng, saving = time.time() - began, random.Random(0), 0
+    for n in range(10):
+        run = tmp_path / str(n)
+        for kill in range(2):
+            process = start(brief, run)
+            if (n + kill) % 2:
+                for here in [False, True] * rng.randint(1, 3):  # into the middle of one of the next three saves
+                    while process.is_alive() and partial(run) != here:
+                        time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.05))
+            else:
+                process.join(rng.uniform(0.2, seconds))
+            process.kill()
+            process.join()
+            saving += partial(run)
+            if checkpoints(run):
+                assert damage(checkpoints(run)[-1]) is None, "nothing half-written has a whole one's name"
+        last = start(brief, run)
+        last.join()
+        assert last.exitcode == 0
+        same_run(run, tmp_path / "whole")
+    print(f"20 kills, {saving} of them in the middle of saving; a run takes {seconds:.1f} s")
+    assert saving >= 5
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(brief, tmp_path):
+    """A file system of 32 MB holds two checkpoints of the toy and not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", disk], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    try:
+        process = start(brief, disk / "run")
+        process.join()
+        assert process.exitcode == 1
+        kept = checkpoints(disk / "run")
+        assert kept and all(damage(path) is None for path in kept) and not (disk / "run/checkpoint.partial").exists()
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        process = start(brief, disk / "run")
+        process.join()
+        assert process.exitcode == 0
+        whole = start(brief, tmp_path / "whole")
+        whole.join()
+        same_run(disk / "run", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
