@@ -19,8 +19,8 @@ Departures from the benchmarks' own scripts, each with its reason:
      here 3.0 is 3 and 3.7 is not.
   3. Accuracy is over all published rows. One whose gold no rule can read is wrong; their number stands in the table.
   4. Intervals resample problems, not rows: MathVerse's five versions of a problem and We-Math's steps go together.
-Greedy scores depend neither on --rows nor on the processes (but for logits that tie within rounding); sampled ones not
-on the processes, but on --rows, for batches draw from one stream of random numbers.
+Scores, greedy and sampled, depend neither on --rows nor on the number of processes (but for rounding: logits that tie,
+uniforms that fall on an edge): a response draws its own random numbers, see rollout.uniforms.
 """
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ from data import (
     read_any,
 )
 from rewards import TAGS, judged, named_option, score, section
-from rollout import load_policy, sample_groups
+from rollout import best_device, load_policy, sample_groups
 
 TOY = Path(__file__).resolve().parent / "assets/toy/test.parquet"
 PUBLISHED = {"mathvista": 1000, "mathvision": 3040, "mathverse": 3940, "wemath": 1740, "mmmu": 900, "mmstar": 1500}
@@ -120,7 +120,7 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
         chunk = records[start:start + per_chunk]
         prompts = [processor.encode(r, style) for r in chunk]
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
-                               max_tokens=max_tokens, seed=seed + start, max_rows=max_rows)
+                               max_tokens=max_tokens, seed=seed, max_rows=max_rows)
         for record, group in zip(chunk, groups):
             yield Result(record, [
                 judge(text, record, style, processor, len(response), cut)
@@ -143,7 +143,8 @@ def load_both(path: str, max_pixels: int | None) -> tuple:
     """Model and processor, on this process's own GPU where there are any."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = load_policy(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = best_device()
+    model = load_policy(path, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model, Processor(path, max_pixels)
 
 
@@ -172,8 +173,8 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
              samples: int, keep_texts: bool = True, **sampling) -> list[Result]:
     """Answer records on all ranks -> all results, in the same order, on every rank.
 
-    The unit of work is a chunk: `rows // samples` records, the same ones and with the same seed whatever the number of
-    processes and whatever is done already, so that its numbers are the same. A finished chunk is a line of
+    The unit of work is a chunk: `rows // samples` records, the same ones whatever the number of processes and whatever
+    is done already. A finished chunk is a line of
     folder/name-RANK.jsonl, forced to disk; chunks that any rank of any earlier run finished are not done again.
     load: gives model and processor, and is called only if there is anything to do. sampling: style, temperature,
     max_tokens. keep_texts: else only what was extracted from them. All processes must see the same folder.
@@ -195,7 +196,7 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")  # the last run was killed inside a line
             for turn, i in enumerate(todo[rank::world], 1):
-                done = evaluate(model, processor, chunks[i], samples=samples, seed=seed + i * size, max_rows=rows,
+                done = evaluate(model, processor, chunks[i], samples=samples, seed=seed, max_rows=rows,
                                 **sampling)
                 results = [{"id": r.record.id, "samples": [
                     asdict(s if keep_texts else replace(s, text="", answer=s.answer and s.answer[:MAX_ANSWER + 1]))

@@ -1,34 +1,54 @@
 """What the policy does: load it, sample groups of responses, score their tokens.
 
-    load_policy        a Qwen-VL checkpoint in fp32, flash-attention where it is installed
-    sample_groups      G responses to each prompt, through transformers' `generate`
+    load_policy        a Qwen-VL checkpoint, in fp32 to train, flash-attention where it is installed
+    sample_groups      G responses to each prompt, through transformers' `generate` with a decode loop of our own
     response_logprobs  log pi(o_t | q, o_<t) of given responses, with gradients
 
-The sampler and the trainer must agree to rounding, or the update is not the policy's own gradient. So both divide
-logits by the temperature and give the vision tokens probability 0, token ids go from one to the other without passing
-through text, and the generation settings that a checkpoint brings along (Qwen's: top_k 1, repetition penalty 1.05)
-are replaced whole.
+The sampler and the trainer must agree to rounding, or the update is not the policy's own gradient. So both take
+log-probs from one function (`log_distribution`: temperature, vision tokens excluded), token ids go from one to the
+other without passing through text, and the generation settings that a checkpoint brings along (Qwen's: top_k 1,
+repetition penalty 1.05) are replaced whole.
+
+Two things make it fast, and neither changes a number. A prompt with its picture is computed once for its G responses:
+when sampling, its keys and values are repeated, never the work; when scoring, the responses stand side by side in one
+row, each seeing the prompt and itself. And a row leaves the batch when its response has ended.
+
+    row of the trainer    [ prompt and picture | o_1 | o_2 | ... | o_G ]     each o_g sees the prompt and o_g alone
 
     python rollout.py --model CHECKPOINT --image x.png --question "..."
 
-Shapes: P prompts, G responses of a group, N = P * G rows, T response tokens, H hidden size, V vocabulary.
+Shapes: P prompts, G responses of a group, N = P * G responses, T response tokens, B rows of L tokens each that the
+trainer packs, S slots of the sampler's cache, H hidden size, V vocabulary.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
 from data import PROMPTS, Processor, Prompt, Record
 
+if is_flash_attn_2_available():
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any other is refused by name
+CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
 
 @dataclass
@@ -40,6 +60,10 @@ class Group:
     responses: list[list[int]]  # G lists of token ids, each with its stop token where one came
     texts: list[str]  # the same as text, without the stop token
     truncated: list[bool]  # whether max_tokens cut it off: no stop token came
+    logprobs: list[torch.Tensor]  # G tensors [T], the sampler's own
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
 
 
 def best_device() -> torch.device:
@@ -47,9 +71,9 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_policy(path: str, device: torch.device | str = "cpu", *, freeze_vision: bool = False,
-                gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Load a policy with fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
+def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
+                freeze_vision: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
     freeze_vision: the vision tower gets no gradient. Raises ValueError when path is no Qwen vision-language model.
     """
@@ -62,8 +86,8 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, freeze_vision:
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
     flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="flash_attention_2" if flash else "sdpa").to(device)
+    attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing:
@@ -72,18 +96,187 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, freeze_vision:
 
 
 def autocast(model: PreTrainedModel):
-    """bf16 compute on a GPU, fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else contextlib.nullcontext()
+    """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
+    masters = model.device.type == "cuda" and model.dtype == torch.float32
+    return torch.autocast("cuda", torch.bfloat16) if masters else contextlib.nullcontext()
 
 
-def generation_config(processor: Processor, *, samples: int, temperature: float, max_tokens: int) -> GenerationConfig:
+def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                      attention_mask: torch.Tensor | None, slots: Slots | None = None,
+                      packing: Packing | None = None, **options) -> tuple[torch.Tensor, None]:
+    """Attention of the language model; query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D].
+
+    slots: the sampler's; the query is each row's newest token. packing: the trainer's. Neither: as transformers has it.
+    """
+    flash = query.is_cuda and is_flash_attn_2_available() and query.dtype != torch.float32
+    if slots is not None:
+        keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
+        if flash:
+            return flash_attn_with_kvcache(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
+                                           cache_seqlens=slots.lengths + 1, softmax_scale=module.scaling), None
+        # The heads that share a key head stand as its queries: one read of the cache, and no copy of it for each head.
+        shared = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [N, key heads, heads of each, D]
+        out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=attention_mask, scale=module.scaling)
+        return out.reshape(len(query), 1, -1, query.shape[-1]), None
+    if packing is not None and flash:
+        return packing.attend(query, key, value, module.scaling, flash_attn_varlen_func), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+def log_distribution(logits: torch.Tensor, temperature: float, excluded: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] -> log-probs of the distribution that is sampled from, in fp32. The sampler's and the trainer's.
+
+    excluded: vision tokens, which get probability 0: a sampled <|image_pad|> would be an image without pixels.
+    """
+    return (logits.float() / temperature).index_fill(-1, excluded, float("-inf")).log_softmax(-1)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def generation_config(processor: Processor, *, temperature: float, max_tokens: int) -> GenerationConfig:
     """Every setting that shapes sampling, stated. temperature 0 is greedy."""
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     return GenerationConfig(
-        **(sampling if temperature > 0 else {"do_sample": False}), num_return_sequences=samples, num_beams=1,
+        **(sampling if temperature > 0 else {"do_sample": False}), num_return_sequences=1, num_beams=1,
         max_new_tokens=max_tokens, repetition_penalty=1.0, use_cache=True, bos_token_id=None,
-        eos_token_id=processor.stop_ids, pad_token_id=processor.pad_id,
-        suppress_tokens=processor.vision_ids)  # a sampled <|image_pad|> would be an image without pixels
+        eos_token_id=processor.stop_ids, pad_token_id=processor.pad_id, suppress_tokens=processor.vision_ids)
+
+
+def uniforms(seed: int, record_id: str, response: int, count: int) -> np.ndarray:
+    """[count] float64 in [0, 1), one a position: of this response alone, whatever is sampled beside it, and where."""
+    key = hashlib.sha256(f"{seed} {record_id} {response}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(count)
+
+
+def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Log-probs [N, V], uniforms [N, 1] -> tokens [N], by inverse CDF: no generator whose state a batch would share.
+
+    In float64, where the sum's rounding (on a GPU it need not even be monotone) cannot hit a token of probability 0.
+    """
+    cdf = logp.double().exp().cumsum(-1)
+    total = cdf[:, -1:]
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True)[:, 0]  # the first token whose cdf lies above
+
+
+class Slots:
+    """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is."""
+
+    def __init__(self, layers: list, padding: torch.Tensor, repeats: int):
+        """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
+        of each prompt; repeats: rows for each prompt."""
+        self.keys, self.values = [], []
+        for layer in layers:
+            for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
+                places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
+                places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
+                mine.append(theirs.gather(2, places).repeat_interleave(repeats, 0))
+            layer.keys = layer.values = None
+        self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
+
+    @property
+    def size(self) -> int:
+        return self.keys[0].shape[2]
+
+    def grow(self, count: int) -> None:
+        for tensors in (self.keys, self.values):
+            tensors[:] = [F.pad(t, (0, 0, 0, count)) for t in tensors]
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.lengths = self.lengths[rows]
+        for tensors in (self.keys, self.values):
+            tensors[:] = [t[rows] for t in tensors]
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> all slots of the layer."""
+        rows = torch.arange(len(key), device=key.device)
+        self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
+        self.values[layer][rows, :, self.lengths] = value[:, :, 0]
+        return self.keys[layer], self.values[layer]
+
+    def mask(self) -> torch.Tensor:
+        """[N, 1, 1, S]: the slots that are filled, the newest token's own among them."""
+        return (torch.arange(self.size, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+
+
+def capture(step: Callable) -> Callable:
+    """One decode step as a CUDA graph: one launch where Python would make a thousand. The step itself, where that
+    fails, which is said."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+    except RuntimeError as error:
+        warnings.warn(f"decoding step by step, slowly: the CUDA graph failed: {error}", stacklevel=2)
+        return step
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config: GenerationConfig, repeats: int,
+           uniform: torch.Tensor, graph: Callable[[Callable], Callable] | None, logits_processor=None,
+           stopping_criteria=None, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`custom_generate` of transformers: P prompts [P, L], padded left -> tokens and their log-probs, [P * repeats, T].
+
+    uniform [P * repeats, T]. graph: what makes one step fast (`capture`; on a CPU None). What stands after a row's stop
+    token is of no meaning. Ours in place of transformers' loop: a prompt is prefilled once, not once a response; rows
+    that have ended leave; the host waits for the device once in CHECK steps; the step can be captured.
+    """
+    device, steps = input_ids.device, generation_config.max_new_tokens
+    temperature = generation_config.temperature if generation_config.do_sample else None
+    excluded, stops = (torch.tensor(ids, device=device) for ids in
+                       (generation_config.suppress_tokens, generation_config.eos_token_id))
+    text, mask = model.model.language_model, inputs.get("attention_mask")
+    position = (inputs["position_ids"][-1, :, -1] + 1).repeat_interleave(repeats)  # [N] of the first response token
+    output = model._prefill(input_ids, generation_config, inputs)
+    cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
+    padding = (mask == 0).sum(1) if mask is not None else torch.zeros(len(input_ids), dtype=torch.long, device=device)
+    slots, logits = Slots(cache.layers, padding, repeats), output.logits[:, -1].repeat_interleave(repeats, 0)
+    del output, cache
+
+    rows = torch.arange(len(logits), device=device)  # [n] those still in the batch, by their place in the result
+    t = torch.zeros(1, dtype=torch.long, device=device)
+    tokens = torch.full((len(rows), steps), int(stops[0]), device=device)
+    logprobs = torch.zeros(len(rows), steps, device=device)
+
+    def step() -> None:  # all that changes, changes in place: a captured step knows addresses only
+        logp = log_distribution(logits, temperature or 1.0, excluded)  # [n, V]
+        token = logp.argmax(-1) if temperature is None else draw(logp, uniform[rows, t][:, None])  # [n]
+        tokens[rows, t] = token
+        logprobs[rows, t] = logp.gather(-1, token[:, None])[:, 0]
+        hidden = text(inputs_embeds=text.embed_tokens(token)[:, None], attention_mask=slots.mask(), slots=slots,
+                      position_ids=(position + t).expand(3, -1)[..., None], use_cache=False).last_hidden_state
+        logits.copy_(model.lm_head(hidden[:, 0]))
+        t.add_(1)
+        slots.lengths.add_(1)
+
+    run, chunk = step, CHECK if graph is None else 16 * CHECK  # a captured step is captured anew for each size
+    for start in range(0, steps, CHECK):
+        if start % chunk == 0:
+            slots.grow(chunk)
+            run = None
+        ended = torch.isin(tokens[rows, :start], stops).any(1) if start else torch.zeros_like(rows, dtype=torch.bool)
+        left = int((~ended).sum())
+        if not left:
+            break
+        # A graph is worth a new capture when half of the rows are gone; without one, they leave at once.
+        count = left if graph is None else min(len(rows), 1 << (left - 1).bit_length())
+        if count < len(rows):
+            kept = ended.int().argsort(stable=True)[:count]
+            slots.select(kept)
+            rows, position, logits, run = rows[kept], position[kept], logits[kept], None
+        for _ in range(min(CHECK, steps - start)):
+            if run is None:
+                step()  # itself the first time: what is captured must have run before
+                run = step if graph is None else graph(step)
+            else:
+                run()
+    return tokens, logprobs
 
 
 @torch.no_grad()
@@ -91,9 +284,10 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
                   samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
     """Sample `samples` responses to each of P prompts, at most max_rows rows at a time -> P groups, in order.
 
-    The global random state is left as it was; equal seeds give equal responses.
+    A response depends on seed, record id and its number in the group, and on nothing that is sampled beside it (but
+    for rounding): not on batch, order, max_rows or processes. No global random state is used.
     """
-    config = generation_config(processor, samples=samples, temperature=temperature, max_tokens=max_tokens)
+    config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     was_training, inherited = model.training, model.generation_config
     model.eval()  # in train mode gradient checkpointing silently drops the cache, and the text comes out wrong
     model.generation_config = config  # `generate` fills unset fields from here: nothing inherited may be left
@@ -102,22 +296,26 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     per_batch = max(1, max_rows // samples)
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), autocast(model):
-            torch.manual_seed(seed)
+        with autocast(model):
             for start in range(0, len(order), per_batch):
                 chosen = order[start:start + per_batch]
+                uniform = np.stack([uniforms(seed, records[i].id, g, max_tokens) for i in chosen
+                                    for g in range(samples)])
+                loop = partial(decode, repeats=samples, uniform=torch.from_numpy(uniform).to(model.device),
+                               graph=capture if model.device.type == "cuda" else None)
                 inputs = processor.collate([prompts[i] for i in chosen])
                 model.model.rope_deltas = None  # positions of an earlier call must not leak into this one
-                output = model.generate(**{k: v.to(model.device) for k, v in inputs.items()}, generation_config=config)
-                rows = output[:, inputs["input_ids"].shape[1]:].tolist()  # [N, T], padded after the stop token
+                tokens, logprobs = model.generate(**{k: v.to(model.device) for k, v in inputs.items()},
+                                                  generation_config=config, custom_generate=loop)
+                tokens, logprobs = tokens.tolist(), logprobs.cpu()  # [N, T]
                 for j, i in enumerate(chosen):
-                    responses, cut = [], []
-                    for row in rows[j * samples:(j + 1) * samples]:
-                        end = next((t for t, token in enumerate(row) if token in stops), None)
-                        responses.append(row if end is None else row[:end + 1])
-                        cut.append(end is None)
-                    texts = [processor.decode(r) for r in responses]
-                    groups[i] = Group(records[i], prompts[i], responses, texts, cut)
+                    group = groups[i] = Group(records[i], prompts[i], [], [], [], [])
+                    for n in range(j * samples, (j + 1) * samples):
+                        end = next((t + 1 for t, token in enumerate(tokens[n]) if token in stops), None)
+                        group.responses.append(tokens[n][:end])
+                        group.logprobs.append(logprobs[n, :end].clone())
+                        group.truncated.append(end is None)
+                        group.texts.append(processor.decode(tokens[n][:end]))
     finally:
         model.generation_config = inherited
         model.model.rope_deltas = None
@@ -125,36 +323,115 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     return groups
 
 
-def response_logprobs(model: PreTrainedModel, processor: Processor, prompts: list[Prompt], responses: list[list[int]],
-                      temperature: float, chunk: int = 2048) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score N responses, each after its prompt -> (log-probs, entropy, mask), each [N, T].
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Packed:
+    """One row of the trainer: a prompt, and responses to it side by side."""
+
+    prompt: Prompt
+    responses: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt.ids) + sum(map(len, self.responses))
+
+
+@dataclass
+class Packing:
+    """B rows of L tokens, packed, as the model is fed them."""
+
+    inputs: dict[str, torch.Tensor]  # input_ids [B, L], position_ids [3, B, L], pixel_values, image_grid_thw
+    segment: torch.Tensor  # [B, L] 0: prompt, 1 ..: response, -1: padding
+    before: torch.Tensor  # [n] for each response token the place in B * L whose hidden state foretells it
+    targets: torch.Tensor  # [n] the token
+
+    def mask(self) -> torch.Tensor:
+        """[B, 1, L, L]: who sees whom. A token sees what stands before it of the prompt and of its own response."""
+        seer, seen = self.segment[:, :, None], self.segment[:, None, :]
+        return ((seen == 0) | (seen == seer)).tril()[:, None]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+               varlen: Callable) -> torch.Tensor:
+        """The same without a mask, by flash-attention's varlen kernel: each prompt is a sequence, and so is each
+        response, whose keys are its prompt's and its own (causal, aligned at the end).
+
+        query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D]; zeros at padding.
+        """
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * L, heads, D]
+        queries, keys, *lengths = self.sequences
+        out = varlen(q[queries], k[keys], v[keys], *lengths, softmax_scale=scale, causal=True)
+        return torch.zeros_like(q).index_copy(0, queries, out).unflatten(0, self.segment.shape)
+
+    @cached_property  # every layer asks
+    def sequences(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """Places in B * L of all queries and of their keys, sequence after sequence; where the sequences of each end;
+        and the longest of each."""
+        queries, keys = [], []
+        for row, segment in enumerate(self.segment):
+            prompt = torch.tensor([], dtype=torch.long, device=segment.device)  # (a prompt's keys are its own)
+            for g in range(int(segment.max()) + 1):
+                queries.append(row * len(segment) + (segment == g).nonzero()[:, 0])
+                keys.append(torch.cat([prompt, queries[-1]]))
+                prompt = queries[-1] if g == 0 else prompt
+        ends = [F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int().to(self.segment.device)
+                for parts in (queries, keys)]
+        return torch.cat(queries), torch.cat(keys), *ends, max(map(len, queries)), max(map(len, keys))
+
+
+def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Packing:
+    """Rows side by side, padded on the right. A response's positions begin where the prompt's end."""
+    shape = len(rows), max(map(len, rows))
+    ids, segment = torch.full(shape, processor.pad_id), torch.full(shape, -1)
+    positions, before = torch.zeros(3, *shape, dtype=torch.long), []
+    for b, row in enumerate(rows):
+        prompt, start = row.prompt.ids, len(row.prompt.ids)
+        ids[b, :start], segment[b, :start] = prompt, 0
+        positions[:, b, :start] = torch.arange(start) if row.prompt.grid is None else model.model.get_rope_index(
+            prompt[None], mm_token_type_ids=(prompt == processor.image_id).int()[None],
+            image_grid_thw=row.prompt.grid)[0][:, 0]
+        first = positions[:, b, :start].max() + 1
+        for g, response in enumerate(row.responses, 1):
+            end = start + len(response)
+            ids[b, start:end], segment[b, start:end] = torch.tensor(response), g
+            positions[:, b, start:end] = first + torch.arange(len(response))
+            before += [b * shape[1] + place for place in (len(prompt) - 1, *range(start, end - 1))]
+            start = end
+    inputs = {"input_ids": ids, "position_ids": positions}
+    if pictured := [row.prompt for row in rows if row.prompt.pixels is not None]:
+        inputs |= {"pixel_values": torch.cat([p.pixels for p in pictured]),
+                   "image_grid_thw": torch.cat([p.grid for p in pictured])}
+    device, before = model.device, torch.tensor(before)
+    return Packing({name: x.to(device) for name, x in inputs.items()}, segment.to(device), before.to(device),
+                   torch.cat([torch.tensor(r) for row in rows for r in row.responses]).to(device))
+
+
+def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[Packed], temperature: float,
+                      chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score the N responses of packed rows, in order -> (log-probs, entropy, mask), each [N, T].
 
     log-probs are of the sampling distribution (temperature, vision tokens excluded) and carry gradients; entropy is
     that distribution's, in nats, without gradients. mask is 1 on response tokens, the stop token among them, by
-    position and never by token value: the stop token may be the pad token too.
+    position and never by token value: the stop token may be the pad token too. At most chunk x V logits exist at a
+    time, in the backward pass too, however long the responses are.
     """
-    lengths = torch.tensor([len(r) for r in responses], device=model.device)
-    inputs = {k: v.to(model.device) for k, v in processor.collate(prompts, responses).items()}
-    steps = int(lengths.max())
-    mask = torch.arange(steps, device=model.device) < lengths[:, None]  # [N, T]
-    targets = inputs["input_ids"][:, -steps:][mask]  # [n], all response tokens in a row
-    vision = torch.tensor(processor.vision_ids, device=model.device)
+    packing = pack(model, processor, rows)
+    excluded = torch.tensor(processor.vision_ids, device=model.device)
 
     def head(hidden: torch.Tensor, target: torch.Tensor):  # [n, H], [n] -> [n], [n]
-        logits = model.lm_head(hidden).float() / temperature
-        logp = logits.index_fill(-1, vision, float("-inf")).log_softmax(-1)  # [n, V]
-        entropy = torch.special.entr(logp.detach().exp()).sum(-1)
-        return logp.gather(-1, target[:, None])[:, 0], entropy
+        logp = log_distribution(model.lm_head(hidden), temperature, excluded)  # [n, V]
+        return logp.gather(-1, target[:, None])[:, 0], torch.special.entr(logp.detach().exp()).sum(-1)
 
     with autocast(model):
         model.model.rope_deltas = None
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, -steps - 1:-1][mask]  # [n, H]
-        # In checkpointed chunks: [n, V] logits of a whole batch would be the largest tensor of the step.
-        parts = [checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    logprobs = torch.zeros(mask.shape, device=model.device)
-    entropy = torch.zeros(mask.shape, device=model.device)
-    logprobs = logprobs.masked_scatter(mask, torch.cat([p[0] for p in parts]))
-    entropy = entropy.masked_scatter(mask, torch.cat([p[1] for p in parts]))
+        hidden = model.model(**packing.inputs, attention_mask=packing.mask(), packing=packing,
+                             use_cache=False).last_hidden_state.flatten(0, 1)[packing.before]  # [n, H]
+        parts = [checkpoint(head, h, t, use_reentrant=False)
+                 for h, t in zip(hidden.split(chunk), packing.targets.split(chunk))]
+    lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=model.device)
+    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]  # [N, T]
+    logprobs, entropy = (torch.zeros(mask.shape, device=model.device).masked_scatter(mask, torch.cat(part))
+                         for part in zip(*parts))
     return logprobs, entropy, mask
 
 

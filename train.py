@@ -22,7 +22,8 @@ and curriculum stand at the head of their own files:
   4. The responses of a group stay together in one update; the official code scatters them over the 16 of a rollout.
   5. --order says the order; the official --shuffle switches shuffling off.
   6. The logged reward is the reward used; the official log leaves the bonus out.
-  7. "Old" log-probs are the trainer's own; in the first update of a rollout they are the policy's, and ratio is 1.
+  7. "Old" log-probs are the trainer's own, in the packing of the update; in the first update of a rollout they are
+     the policy's very own, nothing is computed, and ratio is 1.
 
 Shapes: P prompts, G responses of a group, N rows (responses), T response tokens.
 """
@@ -68,7 +69,7 @@ from eval import (
     write_page,
 )
 from rewards import VERIFIER, Rewards, check_golds, group_rewards
-from rollout import Group, best_device, generation_config, load_policy, response_logprobs, sample_groups
+from rollout import Group, Packed, best_device, generation_config, load_policy, response_logprobs, sample_groups
 
 HERE = Path(__file__).resolve().parent
 
@@ -129,7 +130,8 @@ class Config:
     schedule: Literal["cosine", "constant"] = setting("cosine", "of lr after the warm-up; cosine falls to 0.1 lr")
     grad_clip: float = setting(1.0, "gradients are scaled to this norm at most")
     gradient_checkpointing: bool = setting(True, "recompute activations in backward, to save memory")
-    micro_batch: int = setting(2, "responses in one forward and backward; changes memory and speed, not the result")
+    micro_tokens: int = setting(
+        16384, "tokens in one forward and backward; changes memory and speed, not the result")
 
     # evaluate, save, log
     eval_samples: int = setting(4, "k of avg@k at temperature 1, before and after")
@@ -146,9 +148,9 @@ PRESETS: dict[str, dict] = {
         "model": str(HERE / "assets/toy/model"), "data": str(HERE / "assets/toy/ladder"),
         "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
         "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
-        "lr": 1e-4, "gradient_checkpointing": False, "micro_batch": 64},
-    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 32, "save_every": 10},
-    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 16, "save_every": 10},
+        "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
+    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 128, "save_every": 10},
+    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 64, "save_every": 10},
 }
 
 
@@ -178,7 +180,7 @@ def check_config(cfg: Config) -> None:
     if not cfg.model or not cfg.data:
         raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with "
                          "--order random")
-    for name in ("temperature", "lr", "micro_batch", "prompts_per_rollout", "updates_per_rollout", "rollout_rows",
+    for name in ("temperature", "lr", "micro_tokens", "prompts_per_rollout", "updates_per_rollout", "rollout_rows",
                  "max_response_tokens", "max_prompt_tokens", "max_pixels", "grad_clip", "keep", "eval_samples"):
         if not 0 < getattr(cfg, name) < math.inf:  # (nan is neither)
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0 and finite")
@@ -255,13 +257,34 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
 
 @dataclass
-class Row:
-    """One response on its way through the loss."""
+class Row(Packed):
+    """A packed row on its way through the loss: some responses of one group, beside their prompt."""
 
-    group: Group
-    response: list[int]
-    advantage: float
-    old: torch.Tensor | None = None  # [T] log-probs at sampling time; None: the policy's own
+    advantages: list[float]
+    sampled: list[torch.Tensor]  # [T] each, the sampler's log-probs
+    old: list[torch.Tensor] | None = None  # [T] each, the policy's log-probs at sampling time; None: its present ones
+
+
+def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Row]:
+    """The kept responses of a group, in rows of at most budget tokens, but one response at least."""
+    rows: list[Row] = []
+    for g in kept:
+        if not rows or len(rows[-1]) + len(group.responses[g]) > budget:
+            rows.append(Row(group.prompt, [], [], []))
+        rows[-1].responses.append(group.responses[g])
+        rows[-1].advantages.append(advantages[g])
+        rows[-1].sampled.append(group.logprobs[g])
+    return rows
+
+
+def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
+    """Rows of like length together, as many as come, padded, to at most budget tokens, but one at least."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=len, reverse=True):  # the longest first: too little memory shows at once
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def update(model, reference, processor: Processor, optimizer, groups: list[Group], rewards: Rewards, lrs: list[float],
@@ -270,7 +293,7 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
 
     Raises FloatingPointError, before the weights change, when the loss is not finite.
     """
-    parts: list[list[Row]] = []
+    parts: list[list[list[Row]]] = []  # of each update its micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update, the loss's denominators
     for part in np.array_split(np.arange(len(groups)), len(lrs)):
         rows, tokens, sequences = [], 0, 0
@@ -278,52 +301,49 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
             group, forwarded = groups[p], bool(rewards.signal[p]) or cfg.kl_coef > 0
             kept = [g for g, cut in enumerate(group.truncated) if not (cut and cfg.mask_truncated)]
             if forwarded:
-                rows += [Row(group, group.responses[g], rewards.advantages[p, g].item()) for g in kept]
+                rows += pack_group(group, rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
             if forwarded or cfg.count_no_signal:
                 tokens += sum(len(group.responses[g]) for g in kept)
                 sequences += len(kept)
-        rows.sort(key=lambda r: len(r.group.prompt.ids) + len(r.response))  # like lengths together: little padding
-        parts.append(rows)
+        parts.append(micro_batches(rows, cfg.micro_tokens))
         counts.append((tokens, sequences))
 
-    def micro_batches(rows: list[Row]):
-        return (rows[i:i + cfg.micro_batch] for i in range(0, len(rows), cfg.micro_batch))
-
-    def score(policy, micro: list[Row]):
-        return response_logprobs(policy, processor, [r.group.prompt for r in micro], [r.response for r in micro],
-                                 cfg.temperature)
-
-    with torch.no_grad():  # later updates meet a policy that has moved: note its log-probs before the first
-        for rows in parts[1:]:
-            for micro in micro_batches(rows):
-                for row, old in zip(micro, score(model, micro)[0]):
-                    row.old = old[:len(row.response)].cpu()
+    def padded(values: list[list[torch.Tensor]]) -> torch.Tensor:  # rows of [T] -> [N, T]
+        return torch.nn.utils.rnn.pad_sequence(sum(values, []), batch_first=True).to(model.device)
 
     model.train()
+    with torch.no_grad():  # later updates meet a policy that has moved: note its log-probs before the first,
+        for micro in sum(parts[1:], []):  # in the packing of the update, for in bf16 another one rounds otherwise
+            logprobs, _, mask = response_logprobs(model, processor, micro, cfg.temperature)
+            flat = iter([row[keep].cpu() for row, keep in zip(logprobs, mask)])
+            for row in micro:
+                row.old = [next(flat) for _ in row.responses]
+
     total: dict[str, float] = {"updates": 0}
-    for rows, (num_tokens, num_sequences), lr in zip(parts, counts, lrs):
-        if not rows:
+    for micros, (num_tokens, num_sequences), lr in zip(parts, counts, lrs):
+        if not micros:
             continue  # no signal, no step: Adam's momentum alone would move the weights
-        scored = sum(len(row.response) for row in rows)
-        sums: dict[str, float] = {}
-        for micro in micro_batches(rows):
-            logprobs, entropy, mask = score(model, micro)  # [N, T]
-            old = logprobs.detach() if micro[0].old is None else torch.nn.utils.rnn.pad_sequence(
-                [r.old for r in micro], batch_first=True).to(logprobs.device)
+        scored = sum(len(r) for micro in micros for row in micro for r in row.responses)
+        sums: dict[str, torch.Tensor] = {}
+        for micro in micros:
+            logprobs, entropy, mask = response_logprobs(model, processor, micro, cfg.temperature)  # [N, T]
+            old = logprobs.detach() if micro[0].old is None else padded([row.old for row in micro])
             ref = None
             if reference is not None:
                 with torch.no_grad():
-                    ref = score(reference, micro)[0]
+                    ref = response_logprobs(reference, processor, micro, cfg.temperature)[0]
+            advantages = torch.tensor([a for row in micro for a in row.advantages], device=model.device)  # [N]
             loss, stats = grpo_loss(
-                logprobs, old, torch.tensor([r.advantage for r in micro], device=logprobs.device), mask, num_tokens,
-                num_sequences, clip_low=cfg.clip_low, clip_high=cfg.clip_high, aggregation=cfg.aggregation,
-                max_tokens=cfg.max_response_tokens, ref_logprobs=ref, kl_coef=cfg.kl_coef)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()}")
+                logprobs, old, advantages, mask, num_tokens, num_sequences, clip_low=cfg.clip_low,
+                clip_high=cfg.clip_high, aggregation=cfg.aggregation, max_tokens=cfg.max_response_tokens,
+                ref_logprobs=ref, kl_coef=cfg.kl_coef)
             loss.backward()
-            stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach() * scored}
+            stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach() * scored,
+                      "sampler_gap": ((old - padded([row.sampled for row in micro])).abs() * mask).sum()}
             for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                sums[name] = sums.get(name, 0.0) + value
+        if not torch.isfinite(sums["loss"]):
+            raise FloatingPointError(f"the loss is {sums['loss'].item()}")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
@@ -332,7 +352,7 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
         optimizer.step()
         optimizer.zero_grad()
         total["updates"] += 1
-        means = {name: value / scored for name, value in sums.items()} | {"grad_norm": norm.item(), "lr": lr}
+        means = {name: value.item() / scored for name, value in sums.items()} | {"grad_norm": norm.item(), "lr": lr}
         total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
     return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
 
@@ -600,8 +620,7 @@ def main(args: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
     accelerator.init_trackers(run.name, config=asdict(cfg))
-    effective = generation_config(processor, samples=cfg.group_size, temperature=cfg.temperature,
-                                  max_tokens=cfg.max_response_tokens)
+    effective = generation_config(processor, temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
     (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
     total_updates = len(curriculum) * cfg.updates_per_rollout
     size = sum(p.numel() for p in model.parameters())

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain import plain_logprobs, plain_rollout
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers.modeling_utils import AttentionInterface
 
+import rollout
 from data import PROMPTS, Processor, Record
-from rollout import generation_config, load_policy, response_logprobs, sample_groups
+from rollout import CHECK, Packed, decode, draw, generation_config, load_policy, response_logprobs, sample_groups
 
 
 def picture(width: int, height: int, seed: int) -> bytes:
@@ -44,46 +47,156 @@ def sample(model, processor, records, **options):
     return sample_groups(model, processor, records, encode(processor, records), **options)
 
 
-def sampler_logprobs(model, processor, records, temperature=1.0, tokens=12):
-    """Responses from `generate`, and the log-probs of its own processed scores."""
-    prompts = encode(processor, records)
-    inputs = processor.collate(prompts)
-    torch.manual_seed(0)
-    out = model.eval().generate(
-        **inputs, generation_config=generation_config(processor, samples=1, temperature=temperature, max_tokens=tokens),
-        return_dict_in_generate=True, output_scores=True)
-    new = out.sequences[:, inputs["input_ids"].shape[1]:]  # [N, T]
-    logp = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]  # [N, T]
-    responses, kept = [], []
-    for row, values in zip(new.tolist(), logp):
-        end = next((t + 1 for t, token in enumerate(row) if token in processor.stop_ids), len(row))
-        responses.append(row[:end])
-        kept.append(values[:end])
-    return prompts, responses, kept
+def packed(groups, most: int = 99) -> list[Packed]:
+    return [Packed(g.prompt, g.responses[i:i + most]) for g in groups for i in range(0, len(g.responses), most)]
+
+
+def padded(groups) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([r for g in groups for r in g.logprobs], batch_first=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("micro", [1, 2, 3, 4])
-def test_trainer_scores_what_the_sampler_sampled(model, processor, mixed, micro, temperature):
-    """Padding, image order, positions, temperature, suppressed tokens: any slip moves these by 0.01 or more."""
-    prompts, responses, expected = sampler_logprobs(model, processor, mixed, temperature)
-    for i in range(0, len(prompts), micro):
-        logp, _, mask = response_logprobs(model, processor, prompts[i:i + micro], responses[i:i + micro], temperature)
-        for row, keep, want in zip(logp, mask, expected[i:i + micro]):
-            torch.testing.assert_close(row[keep], want, atol=1e-5, rtol=0)
-
-
-def test_checkpointing_and_train_mode_change_nothing(processor, mixed, model):
-    """In train mode with checkpointing on, `generate` drops its cache silently, and log-probs are off by 2."""
-    want = sample(model, processor, mixed)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sampler_trainer_and_plain_forward_agree(model, processor, mixed, temperature, checkpointing):
+    """Padding, image order, positions, temperature, suppressed tokens, the packed rows' mask: any slip moves these by
+    0.01 or more; `generate` in train mode with checkpointing on drops its cache silently, and is off by 2."""
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    got = sample(model, processor, mixed)
-    assert [g.responses for g in got] == [g.responses for g in want]
+    groups = sample(model, processor, mixed, samples=3, temperature=temperature)
     assert model.training, "the mode is handed back as it was"
-    prompts, responses, expected = sampler_logprobs(model, processor, mixed)
-    logp, _, mask = response_logprobs(model.train(), processor, prompts, responses, 1.0)
-    torch.testing.assert_close(logp[mask], torch.cat(expected), atol=1e-5, rtol=0)
+    sampled, lengths = padded(groups), [len(r) for g in groups for r in g.responses]
+    want, mask = plain_logprobs(model, processor, [g.prompt for g in groups for _ in range(3)],
+                                [r for g in groups for r in g.responses], temperature)
+    assert mask.sum(1).tolist() == lengths
+    torch.testing.assert_close(sampled, want, atol=1e-5, rtol=0)
+    for most, together in ((3, 1), (3, 2), (3, 4), (2, 3), (1, 12)):  # responses in a row, rows in a micro-batch
+        rows, got = packed(groups, most), []
+        for i in range(0, len(rows), together):
+            logp, _, mask = response_logprobs(model, processor, rows[i:i + together], temperature)
+            got += [row[keep] for row, keep in zip(logp, mask)]
+        assert [len(row) for row in got] == lengths
+        torch.testing.assert_close(torch.cat(got), want[want != 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_have_the_gradients_of_padded_ones(model, processor, mixed, checkpointing):
+    """A response that sees its neighbour, or a prompt whose gradient is counted once where it serves three, moves the
+    log-probs little or not at all; the gradients tell."""
+    groups = sample(model, processor, mixed, samples=3)
+    prompts, responses = [g.prompt for g in groups for _ in range(3)], [r for g in groups for r in g.responses]
+    weights = torch.randn(len(responses), 1, generator=torch.Generator().manual_seed(0))
+    (plain_logprobs(model, processor, prompts, responses, 1.0)[0] * weights).sum().backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train().zero_grad()
+    (response_logprobs(model, processor, packed(groups), 1.0, chunk=7)[0] * weights).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-7, name
+
+
+def test_flash_attentions_form_equals_the_mask(model, processor, mixed, monkeypatch):
+    """The varlen kernel needs a GPU; the sequences it is handed do not. Here a plain loop over them stands for it."""
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
+        assert causal and q.shape[1] > k.shape[1], "grouped heads are handed on as they are"
+        out = []
+        for i in range(len(ends_q) - 1):
+            a, b = (x[e[i]:e[i + 1]].transpose(0, 1) for x, e in ((q, ends_q), (k, ends_k)))
+            c = v[ends_k[i]:ends_k[i + 1]].transpose(0, 1)
+            assert a.shape[1] <= longest_q and b.shape[1] <= longest_k
+            seen = torch.ones(a.shape[1], b.shape[1], dtype=torch.bool).tril(b.shape[1] - a.shape[1])  # ends aligned
+            out.append(torch.nn.functional.scaled_dot_product_attention(
+                a, b, c, attn_mask=seen, scale=softmax_scale, enable_gqa=True).transpose(0, 1))
+        return torch.cat(out)
+
+    def flash(module, query, key, value, mask, packing=None, **_):
+        return packing.attend(query, key, value, module.scaling, varlen), None
+
+    groups = sample(model, processor, mixed, samples=3)
+    with torch.no_grad():
+        want = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
+        monkeypatch.setitem(AttentionInterface._global_mapping, "grouped", flash)
+        got = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_the_sampler_equals_transformers_own_loop(shipped, processor, mixed):
+    """Greedy, token for token, on repeated and padded rows: what the cache's slots and leaving rows must not change."""
+    tokens, logprobs = plain_rollout(shipped, processor, encode(processor, mixed), samples=2, temperature=0,
+                                     max_tokens=60)
+    groups = sample(shipped, processor, mixed, temperature=0, max_tokens=60)
+    for n, (response, logp) in enumerate((r, p) for g in groups for r, p in zip(g.responses, g.logprobs)):
+        assert response == tokens[n, :len(response)].tolist()
+        torch.testing.assert_close(logp, logprobs[n, :len(response)], atol=1e-5, rtol=0)
+
+
+def test_a_captured_decode_gives_the_same_tokens(shipped, processor, mixed, monkeypatch):
+    """Static sizes, rows that ended kept until half are gone, cache in larger pieces: all but the capture itself, which
+    needs a GPU, runs here."""
+    options = {"samples": 5, "max_tokens": 300}
+    want, captured = sample(shipped, processor, mixed, **options), []
+    monkeypatch.setattr(rollout, "decode", lambda *args, **given: decode(*args, **given | {
+        "graph": lambda step: captured.append(step) or step}))
+    got = sample(shipped, processor, mixed, **options)
+    assert [g.responses for g in got] == [g.responses for g in want]
+    torch.testing.assert_close(padded(got), padded(want), atol=1e-5, rtol=0)
+    assert 2 <= len(captured) <= 8, "captured anew only where a size changes"
+
+
+def test_rows_leave_when_they_end(shipped, processor, mixed, monkeypatch):
+    """A straggler must not hold the others: no decode step may have more rows than are unfinished (within CHECK)."""
+    sizes, forward = [], shipped.model.language_model.embed_tokens.forward
+    monkeypatch.setattr(shipped.model.language_model.embed_tokens, "forward",
+                        lambda ids: (sizes.append(len(ids)) if ids.ndim == 1 else None, forward(ids))[1])
+    groups = sample(shipped, processor, mixed, samples=6, max_tokens=160)
+    lengths = sorted(len(r) for g in groups for r in g.responses)
+    for step, rows in enumerate(sizes):
+        assert rows == sum(n > step // CHECK * CHECK for n in lengths), step
+    assert sizes[-1] < len(lengths)
+
+
+def test_one_prefill_for_a_group(shipped, processor, mixed, monkeypatch):
+    """Repeated before the prefill, the vision tower and the prompt are computed G times over."""
+    seen, forward = [], shipped.model.visual.forward
+    monkeypatch.setattr(shipped.model.visual, "forward",
+                        lambda pixels, *args, **kw: (seen.append(len(pixels)), forward(pixels, *args, **kw))[1])
+    groups = sample(shipped, processor, mixed, samples=7)
+    patches = sum(len(p.pixels) for p in encode(processor, mixed) if p.pixels is not None)
+    assert seen == [patches]
+    with torch.no_grad():
+        response_logprobs(shipped, processor, packed(groups), 1.0)
+    assert seen == [patches, patches]
+
+
+def test_inverse_cdf_by_hand():
+    """Probabilities 0.2, 0, 0.5, 0.3: edges, and never the impossible token."""
+    logp = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().expand(7, 4)
+    u = torch.tensor([0.0, 0.199, 0.2001, 0.6999, 0.7001, 1 - 2**-53, 1.0], dtype=torch.float64)[:, None]
+    assert draw(logp, u).tolist() == [0, 0, 2, 2, 3, 3, 3]
+
+
+def test_sampled_frequencies_are_the_models(shipped, processor, mixed):
+    """400 first tokens against their probabilities: a biased draw trains on a policy that is not the model's."""
+    [group] = sample(shipped, processor, mixed[:1], samples=400, temperature=2.0, max_tokens=1)
+    vocabulary = range(len(processor.tokenizer))
+    with torch.no_grad():
+        logp = shipped(**processor.collate([group.prompt])).logits[0, -1] / 2.0
+    logp[processor.vision_ids] = float("-inf")
+    p = logp.softmax(-1)
+    counts = torch.bincount(torch.tensor([r[0] for r in group.responses]), minlength=len(vocabulary))
+    chi2 = ((counts - 400 * p) ** 2 / (400 * p))[p > 0.01].sum().item()
+    assert chi2 < 3 * (p > 0.01).sum(), (chi2, int((p > 0.01).sum()))
+
+
+def test_a_response_does_not_depend_on_its_batch(shipped, processor, mixed):
+    """Drawn from one stream, a response changes with what stands beside it, with batch sizes and processes."""
+    want = {g.record.id: g.responses for g in sample(shipped, processor, mixed, samples=3)}
+    for chosen, options in ((mixed[::-1], {}), (mixed, {"max_rows": 3}), (mixed[1:2], {}), (mixed, {"samples": 2}),
+                            (mixed, {"max_tokens": 7})):
+        for g in sample(shipped, processor, chosen, **{"samples": 3} | options):
+            cut = options.get("max_tokens")
+            assert g.responses == [r[:cut] for r in want[g.record.id][:len(g.responses)]]
 
 
 def test_a_row_alone_is_the_row_in_a_batch(shipped, processor, mixed):
@@ -98,13 +211,13 @@ def test_swapped_and_removed_pictures_are_noticed(shipped, processor, mixed):
     prompts = encode(processor, mixed[:1] + [replace(mixed[0], images=(picture(56, 28, 9),))])
     responses = [[40, 41, 42]] * 2
     with torch.no_grad():
-        right = response_logprobs(shipped, processor, prompts, responses, 1.0)[0]
-        swapped = [replace(a, pixels=b.pixels) for a, b in zip(prompts, prompts[::-1])]
-        wrong = response_logprobs(shipped, processor, swapped, responses, 1.0)[0]
+        right = response_logprobs(shipped, processor, [Packed(p, responses) for p in prompts], 1.0)[0]
+        swapped = [Packed(replace(a, pixels=b.pixels), responses) for a, b in zip(prompts, prompts[::-1])]
+        wrong = response_logprobs(shipped, processor, swapped, 1.0)[0]
     assert (right - wrong).abs().max() > 1e-3
     with pytest.raises(ValueError):
-        blind = [replace(prompts[0], pixels=None, grid=None), prompts[1]]
-        response_logprobs(shipped, processor, blind, responses, 1.0)
+        blind = [replace(prompts[0], pixels=None), prompts[1]]
+        response_logprobs(shipped, processor, [Packed(p, responses) for p in blind], 1.0)
 
 
 def test_placeholders_match_the_grid(processor, mixed):
@@ -132,11 +245,11 @@ def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
 
 
 def test_generation_config_states_everything_that_shapes_sampling(processor):
-    config = generation_config(processor, samples=8, temperature=0.9, max_tokens=50)
+    config = generation_config(processor, temperature=0.9, max_tokens=50)
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.9, 1.0, 0)
-    assert (config.repetition_penalty, config.num_return_sequences, config.max_new_tokens) == (1.0, 8, 50)
+    assert (config.repetition_penalty, config.num_return_sequences, config.max_new_tokens) == (1.0, 1, 50)
     assert config.eos_token_id == processor.stop_ids and set(config.suppress_tokens) == set(processor.vision_ids)
-    assert not generation_config(processor, samples=1, temperature=0, max_tokens=5).do_sample
+    assert not generation_config(processor, temperature=0, max_tokens=5).do_sample
 
 
 def test_vision_tokens_have_probability_zero(model, processor, mixed):
@@ -145,33 +258,19 @@ def test_vision_tokens_have_probability_zero(model, processor, mixed):
         model.lm_head.weight[processor.vision_ids] = 10 * model.lm_head.weight.abs().mean()  # make them attractive
     groups = sample(model, processor, mixed[:1], samples=16)
     assert not set(processor.vision_ids) & {t for r in groups[0].responses for t in r}
-    logp, _, _ = response_logprobs(model, processor, encode(processor, mixed[:1]), [[processor.vision_ids[0]]], 1.0)
+    [prompt] = encode(processor, mixed[:1])
+    logp, _, _ = response_logprobs(model, processor, [Packed(prompt, [[processor.vision_ids[0]]])], 1.0)
     assert logp.item() == float("-inf")
 
 
-class Scripted:
-    """Stands where the policy stands and `generates` given rows: what the cutting does is then seen exactly."""
-
-    def __init__(self, rows):
-        self.rows, self.training, self.generation_config, self.device = rows, False, None, torch.device("cpu")
-        self.model = type("Inner", (), {"rope_deltas": None})()
-
-    def eval(self):
-        return self
-
-    def train(self, mode=True):
-        return self
-
-    def generate(self, input_ids, generation_config, **_):
-        return torch.cat([input_ids.repeat_interleave(len(self.rows), 0), torch.tensor(self.rows)], 1)
-
-
-def test_responses_end_at_the_first_of_several_stop_tokens(processor, mixed):
+def test_responses_end_at_the_first_of_several_stop_tokens(shipped, processor, mixed, monkeypatch):
     """EOS, second EOS (which is the pad token), none, at position 0, pad after the end: the mask is positional."""
     im_end, eot = (processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
     assert processor.pad_id == eot and set(processor.stop_ids) == {im_end, eot}
-    rows = [[60, 61, im_end, eot], [60, eot, eot, eot], [60, 61, 62, 63], [im_end, eot, eot, eot]]
-    [group] = sample(Scripted(rows), processor, mixed[:1], samples=4, max_tokens=4)
+    rows = torch.tensor([[60, 61, im_end, eot], [60, eot, eot, eot], [60, 61, 62, 63], [im_end, eot, eot, eot]])
+    steps = iter(rows.T)
+    monkeypatch.setattr(rollout, "draw", lambda logp, uniform: next(steps))
+    [group] = sample(shipped, processor, mixed[:1], samples=4, max_tokens=4)
     assert group.responses == [[60, 61, im_end], [60, eot], [60, 61, 62, 63], [im_end]]
     assert group.truncated == [False, False, True, False]
 
@@ -180,7 +279,8 @@ def test_mask_counts_the_stop_token_even_where_it_is_the_pad_token(shipped, proc
     """A mask made from token values would drop a real <|endoftext|>, and with it the only push to stop."""
     with torch.no_grad():
         logp, entropy, mask = response_logprobs(
-            shipped, processor, encode(processor, mixed[:3]), [[60, processor.pad_id], [60], [61, 62, 63]], 1.0)
+            shipped, processor, [Packed(encode(processor, mixed)[0], [[60, processor.pad_id], [60]]),
+                                 Packed(encode(processor, mixed)[2], [[61, 62, 63]])], 1.0)
     assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     assert (logp[~mask] == 0).all() and (logp[mask] < 0).all()
     assert (entropy[mask] > 0).all() and entropy.max() <= np.log(len(processor.tokenizer))
@@ -190,7 +290,7 @@ def test_entropy_is_of_the_sampling_distribution(shipped, processor, mixed):
     """By hand, from the full logits of one position."""
     prompt = encode(processor, mixed[:1])
     with torch.no_grad():
-        _, entropy, _ = response_logprobs(shipped, processor, prompt, [[60]], 0.5)
+        _, entropy, _ = response_logprobs(shipped, processor, [Packed(prompt[0], [[60]])], 0.5)
         logits = shipped(**processor.collate(prompt)).logits[0, -1] / 0.5
     logits[processor.vision_ids] = float("-inf")
     p = logits.softmax(-1)
@@ -244,9 +344,12 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
         config = AutoConfig.for_model(family, **settings, **ids)
         AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / family)
         policy = load_policy(str(tmp_path / family)).eval()
-        prompts, responses, expected = sampler_logprobs(policy, processor, mixed)
-        logp, _, mask = response_logprobs(policy, processor, prompts, responses, 1.0)
-        torch.testing.assert_close(logp[mask], torch.cat(expected), atol=1e-5, rtol=0, msg=family)
+        groups = sample(policy, processor, mixed, samples=3)
+        want, _ = plain_logprobs(policy, processor, [g.prompt for g in groups for _ in range(3)],
+                                 [r for g in groups for r in g.responses], 1.0)
+        torch.testing.assert_close(padded(groups), want, atol=1e-5, rtol=0, msg=family)
+        got = response_logprobs(policy, processor, packed(groups), 1.0)[0]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0, msg=family)
 
 
 def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):

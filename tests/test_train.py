@@ -17,7 +17,7 @@ from conftest import TOY, lines, weights
 import train
 from data import Processor, Record, save_records
 from rewards import Rewards, group_rewards
-from rollout import load_policy, sample_groups
+from rollout import Packed, load_policy, response_logprobs, sample_groups
 from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def rollout(processor, shipped, test_set):
 
 
 def config(**changes) -> Config:
-    return Config(**({"prompts_per_rollout": 4, "group_size": 4, "micro_batch": 3, "lr": 1e-3, "grad_clip": 1e9,
+    return Config(**({"prompts_per_rollout": 4, "group_size": 4, "micro_tokens": 900, "lr": 1e-3, "grad_clip": 1e9,
                       "max_response_tokens": 40} | changes))
 
 
@@ -124,9 +124,9 @@ def test_gradients_do_not_depend_on_the_micro_batch(model, processor, rollout, a
         reference.lm_head.weight.mul_(1.01)
     for kl_coef in (0.0, 0.1):
         cfg, ref = config(aggregation=aggregation, kl_coef=kl_coef), reference if kl_coef else None
-        want, want_stats = gradients(model, processor, rollout, replace(cfg, micro_batch=16), ref)
-        for micro in (1, 2, 4):
-            got, stats = gradients(model, processor, rollout, replace(cfg, micro_batch=micro), ref)
+        want, want_stats = gradients(model, processor, rollout, replace(cfg, micro_tokens=10**6), ref)
+        for micro in (1, 200, 1000):  # a response a row, several rows a group, several groups a micro-batch
+            got, stats = gradients(model, processor, rollout, replace(cfg, micro_tokens=micro), ref)
             scale = max(g.abs().max() for g in want.values())
             for name in want:
                 torch.testing.assert_close(got[name], want[name], atol=1e-5 * scale.item(), rtol=1e-4, msg=name)
@@ -150,6 +150,48 @@ def test_first_update_is_reinforce(model, processor, rollout):
             (-(advantage * chosen).sum() / tokens).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_rows_and_micro_batches_keep_to_the_budget(rollout):
+    """A group over the budget is split, its prompt repeated; a response over it stands alone; none is lost."""
+    groups, _ = rollout
+    for budget in (1, 150, 400, 1000, 10**6):
+        rows = [row for g in groups for row in train.pack_group(g, [0.1, 0.2, 0.3, 0.4], [0, 1, 3], budget)]
+        assert [r for row in rows for r in row.responses] == [g.responses[i] for g in groups for i in (0, 1, 3)]
+        assert [a for row in rows for a in row.advantages] == [0.1, 0.2, 0.4] * len(groups)
+        assert all(len(row) <= budget or len(row.responses) == 1 for row in rows)
+        micros = train.micro_batches(rows, budget)
+        assert sorted(map(id, sum(micros, []))) == sorted(map(id, rows))
+        assert all(len(m) * max(map(len, m)) <= budget or len(m) == 1 for m in micros)
+    assert len(micros) == 1 and len(rows) == len(groups)
+
+
+@pytest.mark.parametrize("updates, forwards, rows", [(1, 1, 3), (2, 3, 4), (4, 5, 5)])
+def test_nothing_is_forwarded_in_vain(model, processor, rollout, monkeypatch, updates, forwards, rows):
+    """One forward an update; one more for "old" log-probs from the second on; none for the group without signal."""
+    calls, real = [], train.response_logprobs
+    monkeypatch.setattr(train, "response_logprobs", lambda *args: calls.append(len(args[2])) or real(*args))
+    update(model, None, processor, torch.optim.SGD(model.parameters()), *rollout, [0.0] * updates,
+           config(micro_tokens=10**6))
+    assert len(calls) == forwards and sum(calls) == rows
+
+
+def test_logits_of_a_whole_batch_never_exist(model, processor, rollout):
+    """[tokens, V] of a micro-batch would be the largest tensor of the step, growing with the responses."""
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
+    rows = [Packed(g.prompt, g.responses) for g in rollout[0]]
+    response_logprobs(model, processor, rows, 1.0, chunk=50)[0].sum().backward()
+    tokens = sum(len(r) for row in rows for r in row.responses)
+    assert max(shape[0] for shape in sizes) <= 50 and sum(shape[0] for shape in sizes) == 2 * tokens  # and in backward
+
+
+def test_the_sampler_gap_is_nil_in_fp32(model, processor, rollout):
+    """The one figure that tells, in a run's log, that sampler and trainer are no longer the same policy."""
+    assert gradients(model, processor, rollout, config())[1]["sampler_gap"] < 1e-5
+    groups = [replace(g, logprobs=[p - 0.5 for p in g.logprobs]) for g in rollout[0]]
+    stats = gradients(model, processor, (groups, rollout[1]), config())[1]
+    assert stats["sampler_gap"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_groups_without_signal_are_not_counted_unless_asked(model, processor, rollout):
@@ -231,11 +273,11 @@ def test_it_can_learn(model, processor, test_set):
     record = next(r for r in test_set if 0.6 < r.difficulty < 0.8)
     prompt = processor.encode(record, "observe")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    cfg = config(group_size=16, micro_batch=32)
+    cfg = config(group_size=16, micro_tokens=8192)
     history = []
     for step in range(40):
-        groups = sample_groups(model, processor, [record] * 2, [prompt] * 2, samples=16, temperature=1.0,
-                               max_tokens=160, seed=step)
+        groups = sample_groups(model, processor, [record, replace(record, id="again")], [prompt] * 2, samples=16,
+                               temperature=1.0, max_tokens=160, seed=step)
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])
         rewards = group_rewards([g.texts for g in groups], lengths, [record] * 2, style="observe", bonus_coef=0)
         history.append(rewards.accuracy.mean().item())
