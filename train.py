@@ -521,7 +521,7 @@ def environment() -> dict:
 
 # Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
 # Folders may have moved; data_digest tells whether the problems are the same.
-FREE = ("resume", "out", "data", "test", "micro_batch", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
+FREE = ("resume", "out", "data", "test", "micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
         "tracker")
 
 

@@ -96,7 +96,9 @@ def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(small, whole_run,
     """At the second save, while the weights, the moments and the names are written; the moments' error is safetensors'
     own, and no OSError."""
     run = tmp_path / "run"
-    for owner, name, real in ((os, "fsync", os.fsync), (train, "save_file", train.save_file), (os, "replace", os.replace)):
+    for owner, name in ((os, "fsync"), (train, "save_file"), (os, "replace")):
+        real = getattr(owner, name)
+
         def full(*args, real=real, name=name, **options):
             if (run / "checkpoint-000002").exists() and (run / "checkpoint.partial").exists():
                 raise (RuntimeError("I/O error: No space left on device (os error 28)") if name == "save_file" else
