@@ -3,7 +3,7 @@
     format_reward       are the tags there, in order, each once?
     extract_answer      what the response gives as its answer
     answer_matches      the one judge of answers, for training and evaluation alike
-    group_rewards       all of it, for P prompts of G responses each -> Rewards, with the weighted advantages
+    group_rewards       all of it, for P prompts of G judged responses each -> Rewards, with the weighted advantages
 
 Departures from the official code (zrguo/Observe-R1), each with its reason:
  1. No correct answer, no bonus: there, all lengths of an all-wrong group are inf, inf > 100, and a WRONG one is paid.
@@ -425,12 +425,16 @@ class Rewards:
     answers: list[list[str | None]]  # [P][G] as extracted, None: unreadable
 
 
-def group_rewards(texts: list[list[str]], lengths: torch.Tensor, records: list[Record], *, style: str,
-                  format_weight: float = 0.5, bonus_coef: float = 0.2, bonus_min_length: int = 100,
-                  sigma: float | None = 1.8, normalize_std: bool = True) -> Rewards:
-    """Score G responses to each of P records; lengths [P, G] in tokens. sigma None: every group weighs 1."""
-    assert lengths.shape == (len(texts), len(texts[0])), f"lengths {tuple(lengths.shape)} are not those of the texts"
-    scores = [[score(text, record, style) for text in group] for group, record in zip(texts, records, strict=True)]
+def score_groups(texts: list[list[str]], records: list[Record], style: str) -> list[list[Score]]:
+    """Judge G responses to each of P records."""
+    return [[score(text, record, style) for text in group] for group, record in zip(texts, records, strict=True)]
+
+
+def group_rewards(scores: list[list[Score]], lengths: torch.Tensor, *, format_weight: float = 0.5,
+                  bonus_coef: float = 0.2, bonus_min_length: int = 100, sigma: float | None = 1.8,
+                  normalize_std: bool = True) -> Rewards:
+    """What P groups of G judged responses are worth; lengths [P, G] in tokens. sigma None: every group weighs 1."""
+    assert lengths.shape == (len(scores), len(scores[0])), f"lengths {tuple(lengths.shape)} are not those of the scores"
     accuracy = torch.tensor([[s.accuracy for s in group] for group in scores])
     format = torch.tensor([[s.format for s in group] for group in scores])
     observation = torch.tensor([[math.nan if s.observation is None else s.observation for s in g] for g in scores])

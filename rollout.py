@@ -35,6 +35,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -80,14 +81,15 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
     try:
-        family = AutoConfig.from_pretrained(path).model_type
+        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
     flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
     attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
+                                                        trust_remote_code=False).to(device)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing:
@@ -95,9 +97,14 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     return model
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where it computes: weights may be off-loaded to the CPU meanwhile (train.shard)."""
+    return getattr(model, "computes_on", model.device)
+
+
 def autocast(model: PreTrainedModel):
     """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
-    masters = model.device.type == "cuda" and model.dtype == torch.float32
+    masters = device_of(model).type == "cuda" and model.dtype == torch.float32
     return torch.autocast("cuda", torch.bfloat16) if masters else contextlib.nullcontext()
 
 
@@ -401,38 +408,46 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
     if pictured := [row.prompt for row in rows if row.prompt.pixels is not None]:
         inputs |= {"pixel_values": torch.cat([p.pixels for p in pictured]),
                    "image_grid_thw": torch.cat([p.grid for p in pictured])}
-    device, before = model.device, torch.tensor(before)
+    device, before = device_of(model), torch.tensor(before)
     return Packing({name: x.to(device) for name, x in inputs.items()}, segment.to(device), before.to(device),
                    torch.cat([torch.tensor(r) for row in rows for r in row.responses]).to(device))
 
 
 def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[Packed], temperature: float,
-                      chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                      chunk: int = 1024, blank: Prompt | None = None) -> tuple[torch.Tensor, ...]:
     """Score the N responses of packed rows, in order -> (log-probs, entropy, mask), each [N, T].
 
     log-probs are of the sampling distribution (temperature, vision tokens excluded) and carry gradients; entropy is
     that distribution's, in nats, without gradients. mask is 1 on response tokens, the stop token among them, by
     position and never by token value: the stop token may be the pad token too. At most chunk x V logits exist at a
-    time, in the backward pass too, however long the responses are.
+    time, in the backward pass too, however long the responses are. blank: its picture goes through the vision tower
+    where no row has one, and counts nothing: processes that share a sharded model must make the same calls.
     """
-    packing = pack(model, processor, rows)
-    excluded = torch.tensor(processor.vision_ids, device=model.device)
+    packing, device = pack(model, processor, rows), device_of(model)
+    excluded = torch.tensor(processor.vision_ids, device=device)
 
     def head(hidden: torch.Tensor, target: torch.Tensor):  # [n, H], [n] -> [n], [n]
         logp = log_distribution(model.lm_head(hidden), temperature, excluded)  # [n, V]
         return logp.gather(-1, target[:, None])[:, 0], torch.special.entr(logp.detach().exp()).sum(-1)
 
-    with autocast(model):
-        model.model.rope_deltas = None
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:  # [n], [n]
+        seen = []
+        if blank is not None and "pixel_values" not in packing.inputs:
+            seen = tree_leaves(model.model.visual(blank.pixels.to(device), grid_thw=blank.grid.to(device)))
         hidden = model.model(**packing.inputs, attention_mask=packing.mask(), packing=packing,
                              use_cache=False).last_hidden_state.flatten(0, 1)[packing.before]  # [n, H]
+        for features in seen:  # (a gradient of 0, and not none)
+            hidden = hidden + 0 * features.sum() if features.is_floating_point() else hidden
         parts = [checkpoint(head, h, t, use_reentrant=False)
                  for h, t in zip(hidden.split(chunk), packing.targets.split(chunk))]
-    lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=model.device)
-    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]  # [N, T]
-    logprobs, entropy = (torch.zeros(mask.shape, device=model.device).masked_scatter(mask, torch.cat(part))
-                         for part in zip(*parts))
-    return logprobs, entropy, mask
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    with autocast(model):
+        model.model.rope_deltas = None
+        logp, entropy = model.inside(forward) if hasattr(model, "inside") else forward()  # (inside: train.shard)
+    lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [N, T]
+    return *(torch.zeros(mask.shape, device=device).masked_scatter(mask, part) for part in (logp, entropy)), mask
 
 
 def main() -> None:

@@ -44,32 +44,57 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers import logging as hf_logging
 
 from curriculum import Curriculum
-from data import Processor, Record, check_prompts, load_records
+from data import Processor, Prompt, Record, check_prompts, load_records
 from eval import (
+    Result,
     before_after,
     check_same,
     data_digest,
     evaluate,
+    place,
     plot_curves,
     summarize,
+    together,
     write_json,
     write_page,
 )
-from rewards import VERIFIER, Rewards, check_golds, group_rewards
-from rollout import Group, Packed, best_device, generation_config, load_policy, response_logprobs, sample_groups
+from rewards import VERIFIER, Rewards, check_golds, group_rewards, score_groups
+from rollout import (
+    Group,
+    Packed,
+    best_device,
+    device_of,
+    generation_config,
+    load_policy,
+    response_logprobs,
+    sample_groups,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -132,6 +157,8 @@ class Config:
     gradient_checkpointing: bool = setting(True, "recompute activations in backward, to save memory")
     micro_tokens: int = setting(
         16384, "tokens in one forward and backward; changes memory and speed, not the result")
+
+    offload: bool = setting(False, "keep weights, gradients and moments in the CPU's memory: 3B on one GPU of 24-48 GB")
 
     # evaluate, save, log
     eval_samples: int = setting(4, "k of avg@k at temperature 1, before and after")
@@ -263,6 +290,7 @@ class Row(Packed):
     advantages: list[float]
     sampled: list[torch.Tensor]  # [T] each, the sampler's log-probs
     old: list[torch.Tensor] | None = None  # [T] each, the policy's log-probs at sampling time; None: its present ones
+    counted: bool = True  # False: fills up a rank's micro-batches, and is nothing to the loss
 
 
 def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Row]:
@@ -287,64 +315,89 @@ def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
     return batches
 
 
+def even_out(parts: list[list[list[Row]]], processor: Processor, cfg: Config) -> list[Prompt | None]:
+    """Give each rank as many micro-batches of each update as the rank with the most has, for a sharded model's ranks
+    must make the same calls -> for each update a prompt whose picture runs where rows have none; None: nobody has any.
+    """
+    load = torch.tensor([[len(micros), any(row.prompt.grid is not None for micro in micros for row in micro)]
+                         for micros in parts])
+    dist.all_reduce(load, dist.ReduceOp.MAX)
+    blanks = [processor.encode(Record("blank", "?", "1", images=pictures), cfg.prompt)
+              for pictures in ((), (Image.new("RGB", (28, 28)),))]
+    for micros, (count, pictured) in zip(parts, load.tolist()):
+        micros += [[Row(blanks[pictured], [processor.stop_ids[:1]], [0.0], [torch.zeros(1)], counted=False)]
+                   for _ in range(count - len(micros))]
+    return [blanks[1] if pictured else None for _, pictured in load.tolist()]
+
+
 def update(model, reference, processor: Processor, optimizer, groups: list[Group], rewards: Rewards, lrs: list[float],
            cfg: Config) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    Raises FloatingPointError, before the weights change, when the loss is not finite.
+    groups: of all ranks; this one forwards group rank, rank + world, ...  Raises FloatingPointError, on all ranks and
+    before the weights change, when the loss is not finite.
     """
-    parts: list[list[list[Row]]] = []  # of each update its micro-batches
-    counts: list[tuple[int, int]] = []  # tokens and responses of an update, the loss's denominators
+    (rank, world), device = place(), device_of(model)
+    parts: list[list[list[Row]]] = []  # of each update this rank's micro-batches
+    counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
     for part in np.array_split(np.arange(len(groups)), len(lrs)):
         rows, tokens, sequences = [], 0, 0
         for p in part:
             group, forwarded = groups[p], bool(rewards.signal[p]) or cfg.kl_coef > 0
             kept = [g for g, cut in enumerate(group.truncated) if not (cut and cfg.mask_truncated)]
-            if forwarded:
+            if forwarded and p % world == rank:
                 rows += pack_group(group, rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
             if forwarded or cfg.count_no_signal:
                 tokens += sum(len(group.responses[g]) for g in kept)
                 sequences += len(kept)
         parts.append(micro_batches(rows, cfg.micro_tokens))
         counts.append((tokens, sequences))
+    blanks = even_out(parts, processor, cfg) if world > 1 else [None] * len(parts)
 
     def padded(values: list[list[torch.Tensor]]) -> torch.Tensor:  # rows of [T] -> [N, T]
-        return torch.nn.utils.rnn.pad_sequence(sum(values, []), batch_first=True).to(model.device)
+        return torch.nn.utils.rnn.pad_sequence(sum(values, []), batch_first=True).to(device)
 
     model.train()
     with torch.no_grad():  # later updates meet a policy that has moved: note its log-probs before the first,
-        for micro in sum(parts[1:], []):  # in the packing of the update, for in bf16 another one rounds otherwise
-            logprobs, _, mask = response_logprobs(model, processor, micro, cfg.temperature)
-            flat = iter([row[keep].cpu() for row, keep in zip(logprobs, mask)])
-            for row in micro:
-                row.old = [next(flat) for _ in row.responses]
+        for micros, blank in zip(parts[1:], blanks[1:]):  # in the packing of the update: another one rounds otherwise
+            for micro in micros:
+                logprobs, _, mask = response_logprobs(model, processor, micro, cfg.temperature, blank=blank)
+                flat = iter([row[keep].cpu() for row, keep in zip(logprobs, mask)])
+                for row in micro:
+                    row.old = [next(flat) for _ in row.responses]
 
     total: dict[str, float] = {"updates": 0}
-    for micros, (num_tokens, num_sequences), lr in zip(parts, counts, lrs):
+    for micros, blank, (num_tokens, num_sequences), lr in zip(parts, blanks, counts, lrs):
         if not micros:
-            continue  # no signal, no step: Adam's momentum alone would move the weights
-        scored = sum(len(r) for micro in micros for row in micro for r in row.responses)
+            continue  # no signal on any rank, no step: Adam's momentum alone would move the weights
         sums: dict[str, torch.Tensor] = {}
         for micro in micros:
-            logprobs, entropy, mask = response_logprobs(model, processor, micro, cfg.temperature)  # [N, T]
+            logprobs, entropy, mask = response_logprobs(model, processor, micro, cfg.temperature, blank=blank)  # [N, T]
+            counted = torch.tensor([row.counted for row in micro for _ in row.responses], device=device)
+            mask = mask & counted[:, None]
             old = logprobs.detach() if micro[0].old is None else padded([row.old for row in micro])
             ref = None
             if reference is not None:
                 with torch.no_grad():
-                    ref = response_logprobs(reference, processor, micro, cfg.temperature)[0]
-            advantages = torch.tensor([a for row in micro for a in row.advantages], device=model.device)  # [N]
+                    ref = response_logprobs(reference, processor, micro, cfg.temperature, blank=blank)[0]
+            advantages = torch.tensor([a for row in micro for a in row.advantages], device=device)  # [N]
             loss, stats = grpo_loss(
                 logprobs, old, advantages, mask, num_tokens, num_sequences, clip_low=cfg.clip_low,
                 clip_high=cfg.clip_high, aggregation=cfg.aggregation, max_tokens=cfg.max_response_tokens,
                 ref_logprobs=ref, kl_coef=cfg.kl_coef)
-            loss.backward()
-            stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach() * scored,
+            (loss * world).backward()  # (sharded gradients are means over the ranks; the loss is a sum)
+            stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach(), "scored": mask.sum(),
                       "sampler_gap": ((old - padded([row.sampled for row in micro])).abs() * mask).sum()}
             for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + value.float()
+        if world > 1:
+            values = torch.stack(list(sums.values()))
+            dist.all_reduce(values)
+            sums = dict(zip(sums, values))
         if not torch.isfinite(sums["loss"]):
             raise FloatingPointError(f"the loss is {sums['loss'].item()}")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
         for group in optimizer.param_groups:
@@ -352,7 +405,9 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
         optimizer.step()
         optimizer.zero_grad()
         total["updates"] += 1
-        means = {name: value.item() / scored for name, value in sums.items()} | {"grad_norm": norm.item(), "lr": lr}
+        scored, loss = sums.pop("scored").item(), sums.pop("loss").item()
+        means = {name: value.item() / scored for name, value in sums.items()}
+        means |= {"loss": loss, "grad_norm": norm.item(), "lr": lr}
         total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
     return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
 
@@ -368,7 +423,70 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+# --- many GPUs --------------------------------------------------------------------------------------------------------
+
+
+def join_processes(cfg: Config) -> torch.device:
+    """Meet the other processes of torchrun, where there are any -> this one's device."""
+    device = best_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(hours=6)  # one rank may sample, or save, for long while others wait; the dead end all at once
+    if dist.is_initialized():
+        return device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group(backend, timeout=patience)
+    elif cfg.offload:  # off-loading is FSDP's, which wants a group, be it of one
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shard(model, device: torch.device, offload: bool):
+    """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
+    bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"mesh": init_device_mesh(device.type, (place()[1],)),
+               "mp_policy": half if device.type == "cuda" else MixedPrecisionPolicy(),
+               "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()}
+    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    # What is outside of the blocks (embeddings, head, norms) is gathered inside of this call, and freed after it.
+    model.computes_on, model.inside = device, lambda work: work()
+    register_fsdp_forward_method(model, "inside")
+    return model
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded; every rank must ask."""
+    if not isinstance(value, DTensor):
+        return value
+    return value.to(value.device_mesh.device_type).full_tensor()
+
+
+@torch.no_grad()
+def refresh(sampler, model) -> None:
+    """Copy the policy's weights into the replica that samples, which is a plain model: generating with the sharded one
+    would gather every layer for every token."""
+    if sampler is not model:
+        for copy, weight in zip(sampler.parameters(), model.parameters(), strict=True):
+            copy.copy_(whole(weight.to(copy.dtype)))
+
+
+def everyones(share: list) -> list:
+    """Each rank's share [rank::world] of a list -> the whole list, on all ranks."""
+    _, world = place()
+    shares = [share] * world
+    if world > 1:
+        dist.all_gather_object(shares, share)
+    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -376,41 +494,55 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoint-[0-9]*"))
 
 
-def save_checkpoint(run: Path, step: int, model, processor: Processor, optimizer, state: dict) -> Path:
+def save_checkpoint(run: Path, step: int, model, sampler, processor: Processor, optimizer, state: dict) -> None:
     """Write run/checkpoint-<step>: a plain Hugging Face folder, and trainer/ beside it. Whole or not at all.
 
-    Written aside, forced to disk, then renamed; trainer/sha256.json tells later whether it still is what was written.
-    Raises OSError, naming what is left and what to do, when it cannot be written.
+    All ranks call it; rank 0 gathers, one tensor after the other into its CPU memory, and writes. Written aside, forced
+    to disk, then renamed; trainer/sha256.json tells later whether it still is what was written. Raises OSError, naming
+    what is left and what to do, when it cannot be written.
     """
-    path, aside = run / f"checkpoint-{step:06d}", run / "checkpoint.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    moments = optimizer.state_dict()["state"]  # index -> {step, exp_avg, exp_avg_sq}
+    path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", place()[0] == 0
+
+    def gather(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        full = ((name, whole(value.detach())) for name, value in tensors.items())
+        return {name: value.cpu().contiguous() for name, value in full if chief}
+
     try:
-        model.save_pretrained(aside)
-        processor.tokenizer.save_pretrained(aside)
-        processor.image_processor.save_pretrained(aside)
-        (aside / "trainer").mkdir()
-        save_file({f"{key}/{names[i]}": value.contiguous() for i, entry in moments.items()
-                   for key, value in entry.items()}, aside / "trainer" / "optimizer.safetensors")
-        (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1))
-        sums = {}
-        for file in [file for file in sorted(aside.rglob("*")) if file.is_file()]:
-            with open(file, "rb") as content:
-                sums[str(file.relative_to(aside))] = hashlib.file_digest(content, "sha256").hexdigest()
-                os.fsync(content.fileno())
-        write_json(aside / "trainer" / "sha256.json", sums)
-        for folder in (aside / "trainer", aside):
-            sync(folder)
-        os.replace(aside, path)
-        sync(run)
+        if chief:
+            shutil.rmtree(aside, ignore_errors=True)
+        weights = gather(dict(model.named_parameters()))
+        if chief:
+            sampler.save_pretrained(aside, state_dict=weights)
+            processor.tokenizer.save_pretrained(aside)
+            processor.image_processor.save_pretrained(aside)
+            (aside / "trainer").mkdir()
+        del weights
+        moments = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+        for kind in MOMENTS:  # (one after the other: all at once would take twice the memory)
+            values = gather({name: moment[kind] for name, moment in moments.items()})
+            if chief:
+                save_file(values, aside / "trainer" / f"{kind}.safetensors")
+            del values
+        if chief:
+            (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1))
+            sums = {}
+            for file in [file for file in sorted(aside.rglob("*")) if file.is_file()]:
+                with open(file, "rb") as content:
+                    sums[str(file.relative_to(aside))] = hashlib.file_digest(content, "sha256").hexdigest()
+                    os.fsync(content.fileno())
+            write_json(aside / "trainer" / "sha256.json", sums)
+            for folder in (aside / "trainer", aside):
+                sync(folder)
+            os.replace(aside, path)
+            sync(run)
     except Exception as error:  # (safetensors has errors of its own for a full disk)
+        if not chief:
+            raise
         shutil.rmtree(aside, ignore_errors=True)
         left, free = checkpoints(run), shutil.disk_usage(run).free / 1e9
         raise OSError(f"{path} could not be saved: {error} ({free:.2f} GB are free). The checkpoints before it are "
                       f"whole, the newest is {left[-1].name if left else 'none'}. Make room, or lower --keep, then go "
                       "on with --resume") from error
-    return path
 
 
 def sync(path: Path) -> None:
@@ -467,13 +599,17 @@ def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
 
 
 def load_optimizer(path: Path, model, optimizer) -> None:
-    """Put AdamW's moments, saved by save_checkpoint, back."""
-    index = {name: i for i, name in enumerate(name for name, p in model.named_parameters() if p.requires_grad)}
-    moments: dict[int, dict] = {}
-    for key, value in load_file(path / "trainer" / "optimizer.safetensors").items():
-        kind, name = key.split("/", 1)
-        moments.setdefault(index[name], {})[kind] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    """Put AdamW's moments, saved by save_checkpoint, back: of each this rank's shard, however many there were."""
+    parameters = dict(model.named_parameters())
+    for kind in MOMENTS:
+        with safe_open(path / "trainer" / f"{kind}.safetensors", "pt") as file:
+            for name in file.keys():
+                p, value = parameters[name], file.get_tensor(name)
+                if kind != "step":  # (which stays on the CPU, where AdamW wants it)
+                    value = value.to(p.device)
+                    if isinstance(p, DTensor):
+                        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                optimizer.state[p][kind] = value
 
 
 def cut_log(path: Path, last_step: int) -> list[dict]:
@@ -522,7 +658,7 @@ def environment() -> dict:
 # Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
 # Folders may have moved; data_digest tells whether the problems are the same.
 FREE = ("resume", "out", "data", "test", "micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
-        "tracker")
+        "tracker", "offload")
 
 
 def find_run(cfg: Config) -> Path | None:
@@ -549,8 +685,10 @@ def find_run(cfg: Config) -> Path | None:
 def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
     """Training and held-out problems, every one checked before hours are spent: gold, pictures, prompt length."""
     def load(path: str) -> list[Record]:
-        records = check_golds(load_records(path, skip_bad=cfg.skip_bad), cfg.skip_bad)
-        return check_prompts(processor, records, cfg.prompt, cfg.max_prompt_tokens, cfg.skip_bad)
+        records = load_records(path, skip_bad=cfg.skip_bad)
+        good = together(lambda: {r.id for r in check_prompts(
+            processor, check_golds(records, cfg.skip_bad), cfg.prompt, cfg.max_prompt_tokens, cfg.skip_bad)})
+        return [r for r in records if r.id in good]
 
     return load(cfg.data), load(cfg.test) if cfg.test else []
 
@@ -594,53 +732,76 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
 
 def main(args: list[str] | None = None) -> None:
     cfg = parse_config(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("this version trains in one process; start it with torchrun --nproc-per-node 1")
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    run, resume_from = Path(cfg.out), find_run(cfg)
-    source, device = str(resume_from or cfg.model), best_device()
+    device = join_processes(cfg)
+    rank, world = place()
+    chief = rank == 0  # who writes all there is to write
+    say = print if chief else lambda *_: None
+    run, resume_from = Path(cfg.out), together(lambda: find_run(cfg))
+    source = str(resume_from or cfg.model)
     processor = Processor(source, cfg.max_pixels)
     train, test = load_problems(cfg, processor)
     curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
-    model = load_policy(source, device, freeze_vision=cfg.freeze_vision,
+
+    # The policy in fp32, in shares where there are several processes; a plain replica of it to sample with; the model
+    # that the run began with, where a KL holds the policy near it.
+    sharded, half = world > 1 or cfg.offload, torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_policy(source, "cpu" if sharded else device, freeze_vision=cfg.freeze_vision,
                         gradient_checkpointing=cfg.gradient_checkpointing)
-    reference = load_policy(cfg.model, device).requires_grad_(False).eval() if cfg.kl_coef > 0 else None
+    reference = load_policy(cfg.model, "cpu" if sharded else device, dtype=half) if cfg.kl_coef > 0 else None
+    if reference is not None:
+        reference.requires_grad_(False).eval()
+    if sharded:
+        shard(model, device, cfg.offload)
+        reference = reference and shard(reference, device, cfg.offload)
+    sampler = model
+    if sharded or device.type == "cuda":
+        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
                                   weight_decay=0.0)
 
-    run.mkdir(parents=True, exist_ok=True)  # only now: bad input leaves no folder in the way of the mended command
-    write_json(run / "config.json", asdict(cfg) | {"resume": False})
-    lock = open(run / "lock", "w")  # held as long as the process lives
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
-    write_json(run / "environment.json", environment())
+    def set_up() -> None:  # only now: bad input leaves no folder in the way of the mended command
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", asdict(cfg) | {"resume": False})
+        lock = open(run / "lock", "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
+        held.append(lock)
+        write_json(run / "environment.json", environment() | {"processes": world})
+
+    held: list = []  # the lock, as long as main lives
+    together(set_up)
     accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
     accelerator.init_trackers(run.name, config=asdict(cfg))
     effective = generation_config(processor, temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
-    (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
+    if chief:
+        (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
     total_updates = len(curriculum) * cfg.updates_per_rollout
     size = sum(p.numel() for p in model.parameters())
-    print(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
-          f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out")
+    say(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
+        f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out; "
+        f"{world} process{'es' if world > 1 else ''} on {device.type}")
 
-    data = {"train": data_digest(train), "test": data_digest(test)}
+    data = together(lambda: {"train": data_digest(train), "test": data_digest(test)})
     if resume_from:
         state = json.loads((resume_from / "trainer" / "state.json").read_text())
         check_same(run, "a run", state["data"], data)
         curriculum.load_state_dict(state["curriculum"])
         load_optimizer(resume_from, model, optimizer)
-        print(f"resumed from {resume_from}")
+        say(f"resumed from {resume_from}")
     saved = curriculum.position if resume_from else -1  # the newest checkpoint's step
-    logs = {name: cut_log(run / name, saved) for name in ("metrics.jsonl", "responses.jsonl")}  # no step stands twice
+    # (Rank 0's logs are cut back to it, so that no step stands twice.)
+    logs = together(lambda: {name: cut_log(run / name, saved) for name in ("metrics.jsonl", "responses.jsonl")})
 
     def log(name: str, line: dict) -> None:
         logs[name].append(line)
-        with open(run / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if chief:
+            with open(run / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def evals() -> dict[int, dict[str, dict]]:
         """Held-out scores by step."""
@@ -652,26 +813,31 @@ def main(args: list[str] | None = None) -> None:
         return {step: sum(scores["greedy"]["by_problem"][i] for i in ids) / len(ids)
                 for step, scores in evals().items()}
 
+    def prune() -> None:
+        if chief:
+            mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
+
     def save() -> None:
         nonlocal saved
         if curriculum.position > saved:
-            for name in logs:  # the log reaches the disk before the checkpoint that it belongs to
+            for name in logs if chief else ():  # the log reaches the disk before the checkpoint that it belongs to
                 sync(run / name)
-            save_checkpoint(run, curriculum.position, model, processor, optimizer,
+            save_checkpoint(run, curriculum.position, model, sampler, processor, optimizer,
                             {"data": data, "curriculum": curriculum.state_dict()})
             saved = curriculum.position
-            mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
+            prune()
 
     def draw() -> None:
-        plot_curves(logs["metrics.jsonl"], run / "curves.png")
-        write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
+        if chief:
+            plot_curves(logs["metrics.jsonl"], run / "curves.png")
+            write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
 
     asked: list[int] = []  # signals that asked to stop
     at_once = False  # may a signal cut short what is under way? Not an update: all that is saved is whole
 
     def ask_to_stop(number: int, frame) -> None:
         nonlocal at_once
-        if not asked:  # (os.write, for print is not to be interrupted by itself)
+        if not asked and chief:  # (os.write, for print is not to be interrupted by itself)
             os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
         asked.append(number)
         if at_once:
@@ -679,7 +845,8 @@ def main(args: list[str] | None = None) -> None:
             raise KeyboardInterrupt
 
     def unless_stopped(work: Callable):
-        """The work's result; None when a signal has asked to stop, during the work or before it."""
+        """The work's result; None on all ranks when a signal has asked any of them to stop, during the work or before.
+        """
         nonlocal at_once
         try:
             at_once = True
@@ -687,7 +854,7 @@ def main(args: list[str] | None = None) -> None:
             at_once = False
         except KeyboardInterrupt:
             result = None
-        return None if asked else result
+        return None if any(everyones([bool(asked)])) else result
 
     def held_out() -> None:
         """Answer the held-out problems if they are due: before the first step, at each stage's end and after the last;
@@ -699,26 +866,27 @@ def main(args: list[str] | None = None) -> None:
         records = test if ends else test[:cfg.eval_limit or None]
         scores = {}
         for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
-            results = unless_stopped(lambda t=temperature, k=k: list(evaluate(
-                model, processor, records, style=cfg.prompt, temperature=t, samples=k,
-                max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)))
-            if results is None:
+            share = unless_stopped(lambda t=temperature, k=k: [result.samples for result in evaluate(
+                sampler, processor, records[rank::world], style=cfg.prompt, temperature=t, samples=k,
+                max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
+            if share is None:
                 return
-            scores[name] = summarize(results)
+            scores[name] = summarize([Result(record, s) for record, s in zip(records, everyones(share), strict=True)])
         log("metrics.jsonl", {"step": step, "eval": scores})
-        mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
+        prune()
 
     handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     held_out()
-    bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout")
+    bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout", disable=not chief)
     for batch in curriculum:
         step = curriculum.position
 
-        # 1. Sample G responses to each of P prompts.
+        # 1. Sample G responses to each of P prompts, of which this rank takes its share.
         t0 = time.perf_counter()
-        prompts = [processor.encode(r, cfg.prompt) for r in batch.records]
-        groups = unless_stopped(lambda p=prompts, r=batch.records, n=step: sample_groups(
-            model, processor, r, p, samples=cfg.group_size, temperature=cfg.temperature,
+        share = batch.records[rank::world]
+        prompts = [processor.encode(r, cfg.prompt) for r in share]
+        groups = unless_stopped(lambda r=share, p=prompts, n=step: sample_groups(
+            sampler, processor, r, p, samples=cfg.group_size, temperature=cfg.temperature,
             max_tokens=cfg.max_response_tokens, seed=cfg.seed * 1_000_003 + n, max_rows=cfg.rollout_rows))
         if groups is None:  # the policy is still what it was after the step before
             curriculum.position -= 1
@@ -726,17 +894,22 @@ def main(args: list[str] | None = None) -> None:
 
         # 2. Reward and weight them.
         t1 = time.perf_counter()
+        scores = everyones(score_groups([g.texts for g in groups], share, cfg.prompt))
+        # Of the others' groups the rank learns what was said, and not what it was computed from.
+        others = everyones([replace(g, record=None, prompt=None, logprobs=None) for g in groups])
+        groups = [groups[p // world] if p % world == rank else replace(group, record=batch.records[p])
+                  for p, group in enumerate(others)]
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])  # [P, G]
-        rewards = group_rewards([g.texts for g in groups], lengths, batch.records, style=cfg.prompt,
-                                format_weight=cfg.format_weight, bonus_coef=cfg.bonus, bonus_min_length=cfg.bonus_floor,
-                                sigma=cfg.sigma or None, normalize_std=cfg.normalize_std)
+        rewards = group_rewards(scores, lengths, format_weight=cfg.format_weight, bonus_coef=cfg.bonus,
+                                bonus_min_length=cfg.bonus_floor, sigma=cfg.sigma or None,
+                                normalize_std=cfg.normalize_std)
         metrics = {"step": step, "stage": batch.stage} | step_metrics(groups, rewards)
         for line in log_groups(groups, rewards, step, batch.stage):
             log("responses.jsonl", line)
-        if step == 1:
+        if step == 1 and chief:
             warn_first_rollout(metrics, cfg)
 
-        # 3. Update the policy.
+        # 3. Update the policy, and with it what samples.
         t2 = time.perf_counter()
         done = (step - 1) * cfg.updates_per_rollout
         lrs = [learning_rate(done + i, total_updates, cfg) for i in range(cfg.updates_per_rollout)]
@@ -746,10 +919,11 @@ def main(args: list[str] | None = None) -> None:
             raise SystemExit(f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. "
                              f"The newest whole checkpoint is {(checkpoints(run) or ['none'])[-1]}; "
                              "try a lower --lr or --grad-clip from there in a new run.") from error
+        refresh(sampler, model)
 
         # 4. Log.
         t3 = time.perf_counter()
-        metrics |= stats | {"verifier_timeouts": VERIFIER.timeouts,
+        metrics |= stats | {"verifier_timeouts": sum(everyones([VERIFIER.timeouts])),
                             "tokens_per_second": lengths.sum().item() / (t3 - t0), "seconds_rollout": t1 - t0,
                             "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
         log("metrics.jsonl", metrics)
@@ -764,23 +938,23 @@ def main(args: list[str] | None = None) -> None:
         held_out()
         if curriculum.position == saved:
             draw()
-        if asked:
+        if any(everyones([bool(asked)])):
             break
     bar.close()
     save()
     draw()
-    accelerator.end_training()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if curriculum.position < len(curriculum) or (test and len(curriculum) not in evals()):
-        print(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
-        return
-    if test:
-        before, after = evals()[0], evals()[len(curriculum)]
-        print("\n" + before_after(before, after))
-        write_json(run / "scores.json", {"before": before, "after": after})
-    print(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, {checkpoints(run)[-1].name} (a Hugging "
-          "Face folder)")
+        say(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
+    else:
+        if test:
+            before, after = evals()[0], evals()[len(curriculum)]
+            say("\n" + before_after(before, after))
+            together(lambda: write_json(run / "scores.json", {"before": before, "after": after}))
+        say(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, "
+            f"{together(lambda: checkpoints(run)[-1].name)} (a Hugging Face folder)")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

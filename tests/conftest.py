@@ -70,5 +70,7 @@ def whole_run(small, tmp_path_factory) -> Path:
 
 
 def weights(run: Path) -> dict:
+    """Weights and moments of the newest checkpoint."""
     newest = max(run.glob("checkpoint-0*"))
-    return load_file(newest / "model.safetensors") | load_file(newest / "trainer" / "optimizer.safetensors")
+    return {f"{file.stem} {name}": value for file in newest.rglob("*.safetensors")
+            for name, value in load_file(file).items()}

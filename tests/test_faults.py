@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [
     lambda path: flip(path / "model.safetensors"),
-    lambda path: flip(path / "trainer/optimizer.safetensors"),
+    lambda path: flip(path / "trainer/exp_avg.safetensors"),
     lambda path: os.truncate(path / "model.safetensors", 1000),
     lambda path: (path / "tokenizer.json").unlink(),
     lambda path: (path / "trainer/sha256.json").unlink(),

@@ -23,6 +23,7 @@ from rewards import (
     group_advantages,
     group_rewards,
     observation_accuracy,
+    score_groups,
     section,
     shortest_correct_bonus,
 )
@@ -263,7 +264,7 @@ def test_no_gold_pays_for_any_answer(answer):
 
 def test_accuracy_is_not_read_off_the_sum():
     """Official: "correct" was the sum truncated, so with format worth 1 every well-formed answer was correct."""
-    out = group_rewards([[tagged("7"), tagged("8")]], torch.tensor([[200, 200]]), [gold("12")], style="observe",
+    out = group_rewards(score_groups([[tagged("7"), tagged("8")]], [gold("12")], "observe"), torch.tensor([[200, 200]]),
                         format_weight=1.0)
     assert out.total.tolist() == [[1, 1]] and out.accuracy.tolist() == [[0, 0]]
     assert out.bonus.tolist() == [[0, 0]] and out.weight.tolist() == [0]
@@ -302,7 +303,8 @@ def test_equal_rewards_give_exactly_zero():
 
 def test_the_logged_reward_holds_the_bonus():
     """Official: the reward that was logged left it out."""
-    out = group_rewards([[tagged("12"), tagged("13")]], torch.tensor([[150, 150]]), [gold("12")], style="observe")
+    scores = score_groups([[tagged("12"), tagged("13")]], [gold("12")], "observe")
+    out = group_rewards(scores, torch.tensor([[150, 150]]))
     assert torch.allclose(out.total, torch.tensor([[1.7, 0.5]]))
 
 
@@ -433,7 +435,7 @@ def test_group_rewards():
     right, wrong, bare = tagged("12"), tagged("13"), r"\boxed{12}"
     texts = [[right, bare, wrong, "no idea"], [wrong] * 4, [right, right, right, bare]]
     lengths = torch.tensor([[200, 150, 300, 5], [200] * 4, [50, 150, 150, 150]])
-    out = group_rewards(texts, lengths, [gold("12")] * 3, style="observe")
+    out = group_rewards(score_groups(texts, [gold("12")] * 3, "observe"), lengths)
     assert out.answers[0] == ["12", "12", "13", None]
     assert out.accuracy.tolist() == [[1, 1, 0, 0], [0] * 4, [1] * 4]
     assert out.format.tolist() == [[1, 0, 1, 0], [1] * 4, [1, 1, 1, 0]]
@@ -443,7 +445,7 @@ def test_group_rewards():
     by_hand = torch.tensor([1.8 * (r - mean) / std for r in (1.5, 1.2, .5, 0)])
     assert torch.allclose(out.advantages[0], by_hand, atol=1e-4) and out.advantages[1:].eq(0).all()
     assert out.observation.isnan().all()
-    plain = group_rewards(texts, lengths, [gold("12")] * 3, style="observe", sigma=None)
+    plain = group_rewards(score_groups(texts, [gold("12")] * 3, "observe"), lengths, sigma=None)
     assert plain.weight.tolist() == [1, 1, 1]
     assert plain.signal.tolist() == [True, False, True]  # the third by its format alone
     assert plain.advantages[2, 3] < -1

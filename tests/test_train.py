@@ -16,7 +16,7 @@ from conftest import TOY, lines, weights
 
 import train
 from data import Processor, Record, save_records
-from rewards import Rewards, group_rewards
+from rewards import Rewards, group_rewards, score_groups
 from rollout import Packed, load_policy, response_logprobs, sample_groups
 from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
 
@@ -170,7 +170,7 @@ def test_rows_and_micro_batches_keep_to_the_budget(rollout):
 def test_nothing_is_forwarded_in_vain(model, processor, rollout, monkeypatch, updates, forwards, rows):
     """One forward an update; one more for "old" log-probs from the second on; none for the group without signal."""
     calls, real = [], train.response_logprobs
-    monkeypatch.setattr(train, "response_logprobs", lambda *args: calls.append(len(args[2])) or real(*args))
+    monkeypatch.setattr(train, "response_logprobs", lambda *args, **o: calls.append(len(args[2])) or real(*args, **o))
     update(model, None, processor, torch.optim.SGD(model.parameters()), *rollout, [0.0] * updates,
            config(micro_tokens=10**6))
     assert len(calls) == forwards and sum(calls) == rows
@@ -279,7 +279,7 @@ def test_it_can_learn(model, processor, test_set):
         groups = sample_groups(model, processor, [record, replace(record, id="again")], [prompt] * 2, samples=16,
                                temperature=1.0, max_tokens=160, seed=step)
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])
-        rewards = group_rewards([g.texts for g in groups], lengths, [record] * 2, style="observe", bonus_coef=0)
+        rewards = group_rewards(score_groups([g.texts for g in groups], [record] * 2, "observe"), lengths, bonus_coef=0)
         history.append(rewards.accuracy.mean().item())
         if len(history) > 3 and min(history[-3:]) > 0.9:
             break
