@@ -432,8 +432,12 @@ def score_groups(texts: list[list[str]], records: list[Record], style: str) -> l
 
 def group_rewards(scores: list[list[Score]], lengths: torch.Tensor, *, format_weight: float = 0.5,
                   bonus_coef: float = 0.2, bonus_min_length: int = 100, sigma: float | None = 1.8,
-                  normalize_std: bool = True) -> Rewards:
-    """What P groups of G judged responses are worth; lengths [P, G] in tokens. sigma None: every group weighs 1."""
+                  normalize_std: bool = True, rejection_sampling: bool = False) -> Rewards:
+    """What P groups of G judged responses are worth; lengths [P, G] in tokens. sigma None: every group weighs 1.
+
+    rejection_sampling: no GRPO at all but its control, supervised learning on the policy's own right answers: these
+    have advantage 1, all others 0, with neither weight nor baseline.
+    """
     assert lengths.shape == (len(scores), len(scores[0])), f"lengths {tuple(lengths.shape)} are not those of the scores"
     accuracy = torch.tensor([[s.accuracy for s in group] for group in scores])
     format = torch.tensor([[s.format for s in group] for group in scores])
@@ -446,4 +450,6 @@ def group_rewards(scores: list[list[Score]], lengths: torch.Tensor, *, format_we
     weight = torch.ones_like(pass_rate) if sigma is None else difficulty_weight(pass_rate, sigma)  # w(d)
     advantages = weight[:, None] * group_advantages(total, normalize_std)  # adv_i = w(d) A_i, weighted AFTER the std
     signal = (weight > 0) & ~_all_equal(total)
+    if rejection_sampling:
+        weight, advantages, signal = torch.ones_like(pass_rate), accuracy, pass_rate > 0
     return Rewards(accuracy, format, bonus, total, weight, advantages, signal, observation, answers)

@@ -105,7 +105,8 @@ def device_of(model: PreTrainedModel) -> torch.device:
 def autocast(model: PreTrainedModel):
     """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
     masters = device_of(model).type == "cuda" and model.dtype == torch.float32
-    return torch.autocast("cuda", torch.bfloat16) if masters else contextlib.nullcontext()
+    # (without its cache of cast weights while sampling: a captured step would keep their addresses)
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=model.training) if masters else contextlib.nullcontext()
 
 
 def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -115,12 +116,13 @@ def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: tor
 
     slots: the sampler's; the query is each row's newest token. packing: the trainer's. Neither: as transformers has it.
     """
-    flash = query.is_cuda and is_flash_attn_2_available() and query.dtype != torch.float32
+    query, key = query.to(value.dtype), key.to(value.dtype)  # (under autocast the rotation has left them in fp32)
+    flash = query.is_cuda and is_flash_attn_2_available() and value.dtype != torch.float32
     if slots is not None:
         keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
         if flash:
             return flash_attn_with_kvcache(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                           cache_seqlens=slots.lengths + 1, softmax_scale=module.scaling), None
+                                           cache_seqlens=(slots.lengths + 1).int(), softmax_scale=module.scaling), None
         # The heads that share a key head stand as its queries: one read of the cache, and no copy of it for each head.
         shared = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [N, key heads, heads of each, D]
         out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=attention_mask, scale=module.scaling)
@@ -182,7 +184,7 @@ class Slots:
             for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
                 places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
                 places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
-                mine.append(theirs.gather(2, places).repeat_interleave(repeats, 0))
+                mine.append(theirs.to(layer.values.dtype).gather(2, places).repeat_interleave(repeats, 0))
             layer.keys = layer.values = None
         self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
 
@@ -461,8 +463,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    processor = Processor(args.model)
-    model = load_policy(args.model, best_device())
+    processor, device = Processor(args.model), best_device()
+    model = load_policy(args.model, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     # (a record needs a gold answer; none is known here and none is used)
     record = Record("command line", args.question, "unknown", images=tuple(args.image))
     prompts = [processor.encode(record, args.prompt)]

@@ -139,6 +139,8 @@ class Config:
     bonus_floor: int = setting(100, "tokens; a shortest correct response at or under it earns no bonus")
     sigma: float = setting(1.8, "of the difficulty weight w(d) = 4 sigma d (1 - d); 0: weight off, all groups count 1")
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
+    rejection_sampling: bool = setting(
+        False, "a control in place of GRPO: learn from right answers, each counting 1, and from no others")
 
     # update
     updates_per_rollout: int = setting(16, "optimizer steps a rollout is split into, by prompts")
@@ -902,7 +904,7 @@ def main(args: list[str] | None = None) -> None:
         lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])  # [P, G]
         rewards = group_rewards(scores, lengths, format_weight=cfg.format_weight, bonus_coef=cfg.bonus,
                                 bonus_min_length=cfg.bonus_floor, sigma=cfg.sigma or None,
-                                normalize_std=cfg.normalize_std)
+                                normalize_std=cfg.normalize_std, rejection_sampling=cfg.rejection_sampling)
         metrics = {"step": step, "stage": batch.stage} | step_metrics(groups, rewards)
         for line in log_groups(groups, rewards, step, batch.stage):
             log("responses.jsonl", line)

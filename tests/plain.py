@@ -13,17 +13,21 @@ from rollout import autocast, generation_config, log_distribution
 
 @torch.no_grad()
 def plain_rollout(model: PreTrainedModel, processor: Processor, prompts: list[Prompt], *, samples: int,
-                  temperature: float, max_tokens: int, logits_processor: LogitsProcessorList | None = None):
-    """transformers' own loop on P * samples repeated rows -> (tokens, log-probs of its own scores), each [N, T]."""
+                  temperature: float, max_tokens: int, scores: bool = True,
+                  logits_processor: LogitsProcessorList | None = None):
+    """transformers' own loop on P * samples repeated rows -> (tokens, log-probs of its own scores), each [N, T].
+
+    scores=False: no log-probs, for the loop keeps all logits to make them.
+    """
     inputs = processor.collate([p for p in prompts for _ in range(samples)])
     model.model.rope_deltas = None
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     with autocast(model):
         out = model.eval().generate(
             **{k: v.to(model.device) for k, v in inputs.items()}, generation_config=config,
-            logits_processor=logits_processor, return_dict_in_generate=True, output_scores=True)
+            logits_processor=logits_processor, return_dict_in_generate=True, output_scores=scores)
     tokens = out.sequences[:, inputs["input_ids"].shape[1]:]
-    return tokens, torch.stack(out.scores, 1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return tokens, scores and torch.stack(out.scores, 1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def plain_logprobs(model: PreTrainedModel, processor: Processor, prompts: list[Prompt], responses: list[list[int]],

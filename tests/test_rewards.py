@@ -449,6 +449,8 @@ def test_group_rewards():
     assert plain.weight.tolist() == [1, 1, 1]
     assert plain.signal.tolist() == [True, False, True]  # the third by its format alone
     assert plain.advantages[2, 3] < -1
+    control = group_rewards(score_groups(texts, [gold("12")] * 3, "observe"), lengths, rejection_sampling=True)
+    assert control.advantages.tolist() == control.accuracy.tolist() and control.signal.tolist() == [True, False, True]
 
 
 # --- observation -----------------------------------------------------------------------------------------------------

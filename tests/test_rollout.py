@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import TOY
 from PIL import Image
 from plain import plain_logprobs, plain_rollout
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -142,6 +143,20 @@ def test_a_captured_decode_gives_the_same_tokens(shipped, processor, mixed, monk
     assert [g.responses for g in got] == [g.responses for g in want]
     torch.testing.assert_close(padded(got), padded(want), atol=1e-5, rtol=0)
     assert 2 <= len(captured) <= 8, "captured anew only where a size changes"
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_bf16_as_on_a_gpu(processor, mixed, monkeypatch, weights):
+    """fp32 weights under autocast, as they are trained, and bf16 ones, as they sample: rotated keys of another dtype
+    than the cache's crash there, and would do so first on a GPU."""
+    policy = load_policy(str(TOY / "model"), dtype=weights)
+    monkeypatch.setattr(rollout, "autocast", lambda model: torch.autocast(
+        "cpu", torch.bfloat16, enabled=model.dtype == torch.float32))
+    groups = sample(policy, processor, mixed, samples=4)
+    logp, _, mask = response_logprobs(policy, processor, packed(groups), 1.0)
+    assert logp.dtype == torch.float32 and (logp - padded(groups)).abs()[mask].mean() < 0.05
+    logp.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == weights for p in policy.parameters())
 
 
 def test_rows_leave_when_they_end(shipped, processor, mixed, monkeypatch):
@@ -376,8 +391,6 @@ def test_prompts_are_refused_never_cut(processor, mixed):
 
 def test_max_pixels_is_obeyed():
     """An ignored limit shows only as memory: 12 tiles must become at most 4 tokens."""
-    from conftest import TOY
-
     small = Processor(str(TOY / "model"), max_pixels=4 * 28 * 28)
     record = Record("x", "?", "1", (picture(112, 84, 0),))
     assert (small.encode(record, "observe").ids == small.image_id).sum() <= 4

@@ -1,0 +1,413 @@
+"""How fast rollout and update are, against the plain way and against TRL's GRPOTrainer where trl is installed.
+
+    python tests/bench.py                    # small: CPU, a random Qwen2.5-VL of 30 M parameters
+    python tests/bench.py --size 3b          # one GPU: the real configuration of Qwen2.5-VL-3B, random weights
+    python tests/bench.py --growth           # also: time by group size, picture size, response length
+
+One process; the same weights, prompts, dtype and response lengths for all; interleaved, after a warm-up, medians. The
+lengths are drawn ahead from a long-tailed law (log-normal, sigma 0.7, cut at 2.56 times the mean) and forced on every
+sampler, for random weights never end a response by themselves. The plain way repeats rows and pictures for each
+response, pads on the left, and makes all logits at once. TRL's step is its own: prompts, generate, reward, loss,
+backward, AdamW; ours is the same.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from plain import plain_logprobs, plain_rollout
+from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcessor, LogitsProcessorList
+
+import rollout
+import train
+from data import PROMPTS, Processor, Record
+from rewards import Rewards
+from train import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = str(ROOT / "assets/toy/model")
+SIZES = {  # mean length of a response, visual tokens of a picture, prompts, and the model
+    "tiny": dict(mean=12, visual=16, prompts=2, text=dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1024, mrope=[2, 3, 3]), vision=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2)),
+    "small": dict(mean=64, visual=256, prompts=8, text=dict(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=8192, mrope=[8, 12, 12]), vision=dict(depth=4, hidden_size=256, intermediate_size=512, num_heads=4)),
+    "3b": dict(mean=400, visual=1280, prompts=8, text=dict(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151936, mrope=[16, 24, 24]), vision=dict(
+            depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)),
+}
+
+
+class Lengths(LogitsProcessor):
+    """Ends row n of transformers' loop at lengths[n] tokens, and never before."""
+
+    def __init__(self, lengths: list[int], stops: list[int]):
+        self.lengths, self.stops, self.start = torch.tensor(lengths), stops, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.start = input_ids.shape[1] if self.start is None else self.start
+        last = (self.lengths == input_ids.shape[1] - self.start + 1).to(scores.device)[:, None]
+        stopped = torch.full_like(scores, -torch.inf)
+        stopped[:, self.stops[0]] = 0
+        scores[:, self.stops] = -torch.inf
+        return torch.where(last, stopped, scores)
+
+
+@contextlib.contextmanager
+def forced(lengths: dict[str, list[int]], stops: list[int]):
+    """The same for our sampler, which draws one uniform a position: where a response is to end, it is above 1."""
+    real = rollout.uniforms, rollout.draw
+
+    def uniforms(seed: int, record_id: str, response: int, count: int) -> np.ndarray:
+        found = real[0](seed, record_id, response, count)
+        found[lengths[record_id][response] - 1] = 2
+        return found
+
+    def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        ids = torch.tensor(stops, device=logp.device) if logp.device.type == "cpu" else on_device
+        token = real[1](logp.index_fill(-1, ids, -torch.inf), uniform.clamp(max=1))
+        return torch.where(uniform[:, 0] > 1, stops[0], token)
+
+    on_device = torch.tensor(stops, device=rollout.best_device())  # (a captured step copies nothing from the host)
+    rollout.uniforms, rollout.draw = uniforms, draw
+    yield
+    rollout.uniforms, rollout.draw = real
+
+
+class Bench:
+    """A model, a batch of problems, response lengths; and every way to sample, to score and to take a step."""
+
+    def __init__(self, size: str, group: int = 8, visual: int | None = None, mean: int | None = None, seed: int = 0):
+        setting = SIZES[size]
+        self.device, self.group = rollout.best_device(), group
+        visual, mean = visual or setting["visual"], mean or setting["mean"]
+        rng = np.random.default_rng(seed)
+        height = next(h for h in range(int(visual**.5), 0, -1) if visual % h == 0)
+        pixels = [rng.integers(0, 256, (28 * height, 28 * visual // height, 3), np.uint8)
+                  for _ in range(setting["prompts"])]
+        self.records = [Record(f"bench-{i}", "What is the sum of all the digits?", "1", (Image.fromarray(p),))
+                        for i, p in enumerate(pixels)]
+        self.processor = Processor(TOY, max_pixels=visual * 28 * 28)
+        self.prompts = [self.processor.encode(r, "observe") for r in self.records]
+        assert all((p.ids == self.processor.image_id).sum() == visual for p in self.prompts)
+        eos = self.processor.tokenizer.eos_token_id  # (the one that TRL looks for) first
+        self.stops = [eos, *(i for i in self.processor.stop_ids if i != eos)]
+        self.max_tokens = int(2.56 * mean)
+        drawn = rng.lognormal(np.log(mean) - 0.7**2 / 2, 0.7, (len(self.records), group))
+        self.lengths = drawn.round().astype(int).clip(2, self.max_tokens).tolist()
+        torch.manual_seed(seed)
+        self.model = self.build(setting, {"": "sdpa", "text_config": "grouped", "vision_config": best_attention()},
+                                torch.float32)
+        self.policy = self.model  # what samples: on a GPU a bf16 copy, as in training
+        if self.device.type == "cuda":
+            self.policy = self.build(setting, {"": "sdpa", "text_config": "grouped",
+                                               "vision_config": best_attention()}, torch.bfloat16)
+            for mine, theirs in zip(self.policy.parameters(), self.model.parameters()):
+                mine.data.copy_(theirs)
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+        self.cfg = Config(group_size=group, prompts_per_rollout=len(self.records), updates_per_rollout=1,
+                          max_response_tokens=self.max_tokens,
+                          micro_tokens=16384 if self.device.type == "cuda" else 8192)
+
+    def build(self, setting: dict, attention, dtype: torch.dtype):
+        processor, text = self.processor, dict(setting["text"])
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
+        config = AutoConfig.for_model(
+            "qwen2_5_vl", text_config=text | {"tie_word_embeddings": True}, tie_word_embeddings=True,
+            vision_config=setting["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14},
+            image_token_id=processor.image_id, vision_start_token_id=processor.vision_ids[0],
+            vision_end_token_id=processor.vision_ids[1], video_token_id=processor.vision_ids[-1])
+        with self.device:
+            return AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=dtype)
+
+    @property
+    def flat(self) -> list[int]:
+        return [n for group in self.lengths for n in group]
+
+    def ours_rollout(self) -> list[rollout.Group]:
+        with forced({r.id: n for r, n in zip(self.records, self.lengths)}, self.stops):
+            return rollout.sample_groups(self.policy, self.processor, self.records, self.prompts, samples=self.group,
+                                         temperature=1.0, max_tokens=self.max_tokens, seed=0, max_rows=4096)
+
+    def plain_rollout(self) -> list[list[int]]:
+        tokens, _ = plain_rollout(self.policy, self.processor, self.prompts, samples=self.group, temperature=1.0,
+                                  max_tokens=self.max_tokens, scores=False,
+                                  logits_processor=LogitsProcessorList([Lengths(self.flat, self.stops)]))
+        return [row[:n] for row, n in zip(tokens.tolist(), self.flat)]
+
+    def ours_score(self, groups: list[rollout.Group]) -> None:
+        """Score and backward of one update, by train.update itself, with an optimizer that does nothing."""
+        train.update(self.model, None, self.processor, Nothing(self.model.parameters(), lr=0.0), groups,
+                     self.rewards(len(groups)), [0.0], self.cfg)
+
+    def ours_step(self) -> None:
+        if self.policy is not self.model:  # the copy that samples is brought up to date
+            for mine, theirs in zip(self.policy.parameters(), self.model.parameters()):
+                mine.data.copy_(theirs)
+        groups = self.ours_rollout()
+        train.update(self.model, None, self.processor, self.optimizer, groups, self.rewards(len(groups)), [1e-6],
+                     self.cfg)
+
+    def rewards(self, prompts: int) -> Rewards:
+        zeros = torch.zeros(prompts, self.group)
+        advantages = torch.randn(prompts, self.group, generator=torch.Generator().manual_seed(0))
+        return Rewards(zeros, zeros, zeros, zeros, torch.ones(prompts), advantages,
+                       torch.ones(prompts, dtype=torch.bool), zeros, [[None] * self.group] * prompts)
+
+    def plain_score(self, groups: list[rollout.Group]) -> None:
+        """The same loss on padded rows, as many at a time as the budget of tokens holds."""
+        rows = [(g.prompt, r) for g in groups for r in g.responses]
+        rows.sort(key=lambda row: len(row[0].ids) + len(row[1]), reverse=True)
+        many = max(1, self.cfg.micro_tokens // (len(rows[0][0].ids) + len(rows[0][1])))
+        self.model.train()
+        for i in range(0, len(rows), many):
+            prompts, responses = zip(*rows[i:i + many])
+            logp, mask = plain_logprobs(self.model, self.processor, list(prompts), list(responses), 1.0)
+            train.grpo_loss(logp, logp.detach(), torch.ones(len(logp), device=logp.device), mask,
+                            sum(self.flat))[0].backward()
+        self.model.zero_grad()
+
+
+class Nothing(torch.optim.SGD):
+    def step(self):
+        pass
+
+
+def best_attention() -> str:
+    return "flash_attention_2" if torch.cuda.is_available() and rollout.is_flash_attn_2_available() else "sdpa"
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------------
+
+
+def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
+    """GRPOTrainer on the same problems; `between` runs after each of its steps -> trainer, seconds by part."""
+    from datasets import Dataset
+    from transformers import Qwen2_5_VLProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class WithoutVideo(Qwen2_5_VLProcessor):  # (transformers' own wants torchvision, for videos)
+        def check_argument_for_proper_class(self, name, argument):
+            return type(argument)
+
+    took: dict[str, list[float]] = defaultdict(list)
+    gpu = bench.device.type == "cuda"
+    model = bench.build(SIZES[size], best_attention(), torch.bfloat16 if gpu else torch.float32)
+    model.load_state_dict(bench.model.state_dict())
+    tokenizer = bench.processor.tokenizer
+    processor = WithoutVideo(bench.processor.image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+    messages = [{"role": "system", "content": PROMPTS["observe"]},
+                {"role": "user", "content": bench.records[0].text}]
+    data = Dataset.from_list([{"prompt": messages, "image": r.images[0]} for r in bench.records])
+    generator = np.random.default_rng(0)
+
+    class Between(TrainerCallback):
+        def on_step_begin(self, *args, **_):
+            self.start = clock()
+
+        def on_step_end(self, *args, **_):
+            took["step"].append(clock() - self.start)
+            took["rest"].append(took["step"][-1] - took["rollout"][-1])
+            between()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            folder, per_device_train_batch_size=len(bench.flat), num_generations=bench.group, max_steps=steps,
+            max_completion_length=bench.max_tokens, learning_rate=1e-6, beta=0.0, temperature=1.0, top_p=1.0, top_k=0,
+            shuffle_dataset=False, save_strategy="no", logging_strategy="no", report_to="none", bf16=gpu,
+            gradient_checkpointing=gpu, use_cpu=not gpu, disable_tqdm=True, log_completions=False)
+        if gpu:  # its batch in micro-batches, as ours is
+            config.per_device_train_batch_size, config.gradient_accumulation_steps = 8, len(bench.flat) // 8
+            config.steps_per_generation, config.generation_batch_size = len(bench.flat) // 8, len(bench.flat)
+        trainer = GRPOTrainer(model, lambda completions, **_: generator.random(len(completions)).tolist(), config, data,
+                              processing_class=processor, callbacks=[Between()])
+        generate = model.generate
+
+        def timed(*args, **given):
+            start = clock()
+            found = generate(*args, **given, logits_processor=LogitsProcessorList(
+                [Lengths(bench.flat, bench.stops)]))
+            took["rollout"].append(clock() - start)
+            assert found.shape[1] - given["input_ids"].shape[1] == max(bench.flat)
+            return found
+
+        model.generate = timed
+        trainer.train()
+    return model, took
+
+
+# --- the clock, the memory, the floor ---------------------------------------------------------------------------------
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(work) -> float:
+    """GiB at most while work runs, above what was there before: of GPU memory, on a CPU resident."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+    def status(name: str) -> float:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 2**20
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is there now
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second read from memory, by a sum over a buffer beyond all caches."""
+    data = torch.zeros(2**28 if device.type == "cpu" else 2**31, device=device)
+    best = min(time_of(lambda: data.sum()) for _ in range(5))
+    return data.numel() * 4 / best
+
+
+def time_of(work) -> float:
+    start = clock()
+    work()
+    return clock() - start
+
+
+def floor_seconds(bench: Bench, rate: float) -> float:
+    """What decoding cannot beat: weights and the live rows' cache, read once for each step."""
+    config, size = bench.policy.config.text_config, next(bench.policy.parameters()).element_size()
+    weights = sum(p.numel() for p in bench.policy.model.language_model.parameters()) * size  # (tied with the head)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * (
+        config.hidden_size // config.num_attention_heads) * size
+    prompts = [len(p.ids) for p in bench.prompts for _ in range(bench.group)]
+    total = 0.0
+    for step in range(max(bench.flat)):
+        total += weights + token * sum(p + step for p, n in zip(prompts, bench.flat) if n > step)
+    return total / rate
+
+
+def compare(size: str, repeats: int) -> dict:
+    bench = Bench(size)
+    groups = bench.ours_rollout()
+    assert [len(r) for g in groups for r in g.responses] == bench.flat == [len(r) for r in bench.plain_rollout()]
+    times: dict[str, list[float]] = defaultdict(list)
+    ways = {"rollout, ours": bench.ours_rollout, "rollout, plain": bench.plain_rollout,
+            "score + backward, ours": lambda: bench.ours_score(groups),
+            "score + backward, plain": lambda: bench.plain_score(groups), "step, ours": bench.ours_step}
+
+    def once() -> None:
+        for name, work in ways.items():
+            times[name].append(time_of(work))
+
+    if importlib.util.find_spec("trl"):
+        model, took = trl_trainer(bench, size, repeats + 1, once)
+        del model
+        times |= {"rollout, TRL": took["rollout"], "score + backward and the rest of a step, TRL": took["rest"],
+                  "step, TRL": took["step"]}
+    else:
+        print("trl is not installed: no comparison with it", file=sys.stderr)
+        for _ in range(repeats + 1):
+            once()
+    found = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
+    spread = {name: [min(seconds[1:]), max(seconds[1:])] for name, seconds in times.items()}
+    memory = {name: peak(work) for name, work in ways.items()}
+    rate = bandwidth(bench.device)
+    prefill = time_of(lambda: decode_nothing(bench))
+    decode = found["rollout, ours"] - prefill
+    floor = floor_seconds(bench, rate)
+    tokens = sum(bench.flat)
+
+    def ratio(part: str, other: str) -> float | None:
+        return found[other] / found[part] if other in found else None
+
+    ratios = {"rollout, plain / ours": ratio("rollout, ours", "rollout, plain"),
+              "rollout, TRL / ours": ratio("rollout, ours", "rollout, TRL"),
+              "score + backward, plain / ours": ratio("score + backward, ours", "score + backward, plain"),
+              "whole step, TRL / ours": ratio("step, ours", "step, TRL")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{size}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.0f}M parameters, {len(bench.prompts)} "
+          f"prompts of {len(bench.prompts[0].ids)} tokens x {bench.group} responses of {tokens / len(bench.flat):.0f} "
+          f"(2 to {max(bench.flat)}); {device}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"median of {repeats}\n")
+    print("| | seconds | least, most | peak GiB | tokens / s |\n|---|---|---|---|---|")
+    for name, seconds in sorted(found.items()):
+        print(f"| {name} | {seconds:.2f} | {spread[name][0]:.2f}, {spread[name][1]:.2f} | "
+              f"{format(memory[name], '.2f') if name in memory else '-'} | {tokens / seconds:.0f} |")
+    print("\n" + "\n".join(f"{name}: {value:.2f}" for name, value in ratios.items() if value))
+    print(f"decode: {decode:.2f} s after {prefill:.2f} s of prefill; floor at {rate / 1e9:.0f} GB/s: {floor:.2f} s, "
+          f"which is {floor / decode:.0%} of it")
+    return {"size": size, "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "seconds": found, "spread": spread, "peak_gib": memory,
+            "ratios": ratios, "decode_floor_share": floor / decode, "bandwidth": rate}
+
+
+def decode_nothing(bench: Bench) -> None:
+    """The prefill, and one token."""
+    rollout.sample_groups(bench.policy, bench.processor, bench.records, bench.prompts, samples=bench.group,
+                          temperature=1.0, max_tokens=1, seed=0, max_rows=4096)
+
+
+def growth(size: str, repeats: int) -> None:
+    """Rollout by group size and picture size, update by response length, each beside the plain way."""
+    base = SIZES[size]
+
+    def table(title: str, values: list[int], part: str, **options) -> None:
+        print(f"\n| {title} | {part}, ours, s | plain, s | plain / ours |\n|---|---|---|---|")
+        for value in values:
+            bench = Bench(size, **{options["vary"]: value})
+            groups = bench.ours_rollout()
+            works = {"rollout": (bench.ours_rollout, bench.plain_rollout),
+                     "update": (lambda: bench.ours_score(groups), lambda: bench.plain_score(groups))}[part]  # noqa: B023
+            seconds: list[list[float]] = [[], []]
+            for _ in range(repeats + 1):
+                for kept, work in zip(seconds, works):
+                    kept.append(time_of(work))
+            ours, plain = (statistics.median(s[1:]) for s in seconds)
+            print(f"| {value} | {ours:.2f} | {plain:.2f} | {plain / ours:.1f} |", flush=True)
+
+    table("G", [1, 2, 4, 8, 16], "rollout", vary="group")
+    table("visual tokens", [base["visual"] * k // 4 for k in (1, 2, 4, 8)], "rollout", vary="visual")
+    table("mean response, tokens", [base["mean"] * k // 2 for k in (1, 2, 4, 8)], "update", vary="mean")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="3b" if torch.cuda.is_available() else "small")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, after one that warms up")
+    parser.add_argument("--growth", action="store_true", help="also the tables of growth")
+    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    found = compare(args.size, args.repeats)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+    if args.growth:
+        growth(args.size, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
