@@ -194,12 +194,14 @@ class Slots:
 
     def grow(self, count: int) -> None:
         for tensors in (self.keys, self.values):
-            tensors[:] = [F.pad(t, (0, 0, 0, count)) for t in tensors]
+            for i, t in enumerate(tensors):  # (one by one: never is more than one of them there twice)
+                tensors[i] = F.pad(t, (0, 0, 0, count))
 
     def select(self, rows: torch.Tensor) -> None:
         self.lengths = self.lengths[rows]
         for tensors in (self.keys, self.values):
-            tensors[:] = [t[rows] for t in tensors]
+            for i, t in enumerate(tensors):
+                tensors[i] = t[rows]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> all slots of the layer."""

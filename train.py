@@ -66,7 +66,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 from transformers import logging as hf_logging
 
 from curriculum import Curriculum
@@ -178,8 +178,8 @@ PRESETS: dict[str, dict] = {
         "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
         "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
         "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
-    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 128, "save_every": 10},
-    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 64, "save_every": 10},
+    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 64, "save_every": 10},
+    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 32, "save_every": 10},
 }
 
 
@@ -474,6 +474,50 @@ def refresh(sampler, model) -> None:
     if sampler is not model:
         for copy, weight in zip(sampler.parameters(), model.parameters(), strict=True):
             copy.copy_(whole(weight.to(copy.dtype)))
+
+
+def memory(config, cfg: Config, processes: int) -> dict[str, float]:
+    """GB (1e9 bytes) of a GPU's memory that a run takes at its limits, every prompt and response as long as it may be.
+
+    config: the model's. Counted from its real shapes on the meta device; activations by what a layer keeps for its
+    backward pass (README, "Memory"). "peak" is the largest of three moments that do not meet: sampling, forward and
+    backward, and the optimizer's step.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    text, vision = config.text_config, config.vision_config
+    blocks = [sum(p.numel() for p in block.parameters())
+              for block in [*model.model.visual.blocks, *model.model.language_model.layers]]
+    n, sharded = sum(p.numel() for p in model.parameters()), processes > 1 or cfg.offload
+    outside = n - sum(blocks)  # embeddings, head, norms
+    kept = 0 if cfg.offload else n / processes
+    length = cfg.max_prompt_tokens + cfg.max_response_tokens
+    tokens = max(length, cfg.micro_tokens)
+    patches = cfg.max_prompt_tokens * vision.spatial_merge_size**2  # a prompt that is all picture
+    stream = 2 if sharded else 4  # bytes of the residual stream: fp32 under autocast
+
+    def layer(width: int, mlp: int) -> int:  # bytes a token, of one layer between its forward and its backward
+        return 30 * width + 12 * mlp
+
+    gb = {
+        "weights": 4 * kept, "gradients": 4 * kept, "moments": 8 * kept, "replica": 2 * n,
+        "reference": 2 * n / processes * (cfg.kl_coef > 0),
+        # fp32 weights are cast to bf16 whole; sharded ones are gathered in bf16: what is outside of the blocks, with
+        # its gradient and that in fp32 on its way to the other ranks, and two blocks.
+        "compute copies": (8 + 2 * (cfg.kl_coef > 0)) * outside + 10 * max(blocks) if sharded else 2 * n,
+        "cache": 4 * cfg.rollout_rows * length * text.num_hidden_layers * text.num_key_value_heads
+        * text.hidden_size // text.num_attention_heads,
+        "activations": stream * (tokens * text.hidden_size * text.num_hidden_layers
+                                 + patches * vision.hidden_size * vision.depth)
+        + max(tokens * layer(text.hidden_size, text.intermediate_size),
+              patches * layer(vision.hidden_size, vision.intermediate_size))
+        + 3 * tokens**2 + 24 * 1024 * text.vocab_size}  # the mask, and one chunk of logits
+    held = gb["weights"] + gb["moments"] + gb["replica"] + gb["reference"]
+    gb["peak"] = held + max(
+        gb["cache"] + 34 * cfg.rollout_rows * text.vocab_size,  # logits, and their sum in float64 to draw from
+        gb["gradients"] + gb["compute copies"] + gb["activations"],
+        gb["gradients"] + 4 * kept)  # AdamW's temporary
+    return {name: value / 1e9 for name, value in gb.items()}
 
 
 def everyones(share: list) -> list:
@@ -787,6 +831,9 @@ def main(args: list[str] | None = None) -> None:
     say(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
         f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out; "
         f"{world} process{'es' if world > 1 else ''} on {device.type}")
+    if device.type == "cuda":
+        say(f"GPU memory, at most (estimate): {memory(model.config, cfg, world)['peak']:.0f} GB; less with shorter "
+            "--max-response-tokens, fewer --rollout-rows, fewer --micro-tokens")
 
     data = together(lambda: {"train": data_digest(train), "test": data_digest(test)})
     if resume_from:
@@ -928,6 +975,8 @@ def main(args: list[str] | None = None) -> None:
         metrics |= stats | {"verifier_timeouts": sum(everyones([VERIFIER.timeouts])),
                             "tokens_per_second": lengths.sum().item() / (t3 - t0), "seconds_rollout": t1 - t0,
                             "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
+        if device.type == "cuda":
+            metrics["memory"] = max(everyones([torch.cuda.max_memory_allocated() / 1e9]))
         log("metrics.jsonl", metrics)
         accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         bar.update()

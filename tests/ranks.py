@@ -15,14 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: E402
 from transformers import logging  # noqa: E402
 
+import rollout  # noqa: E402
 import train  # noqa: E402
 from data import Processor, Record, load_records  # noqa: E402
 from eval import place  # noqa: E402
 from rewards import Rewards  # noqa: E402
 from rollout import Group, load_policy, sample_groups  # noqa: E402
 
+plain_autocast = rollout.autocast
 TOY = ROOT / "assets" / "toy"
 BASE = dict(prompts_per_rollout=6, group_size=4, micro_tokens=200, max_response_tokens=40, grad_clip=0.5)
 # Of six groups, rank 0 of two has 0, 2, 4 and rank 1 has 1, 3, 5; an update is two groups.
@@ -34,6 +37,7 @@ SCENARIOS: dict[str, dict] = {
     "text": dict(count_no_signal=True),  # without any picture
     "one": {},  # a single group: one rank has nothing at all
     "silent": {},  # no signal on any rank
+    "half": {},  # gathered in bf16, and a replica in bf16, as on GPUs
     "offload": dict(offload=True)}
 
 
@@ -72,10 +76,15 @@ def load(name: str, source: str, device: torch.device) -> tuple:
         reference = load_policy(str(TOY / "model")).requires_grad_(False).eval()
         with torch.no_grad():
             reference.lm_head.weight.mul_(1.01)
+    if name == "half":
+        train.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
     if sharded:
         train.shard(model, device, cfg.offload)
         reference = reference and train.shard(reference, device, cfg.offload)
-    sampler = load_policy(source).requires_grad_(False).eval() if sharded else model
+    dtype = torch.bfloat16 if name == "half" else torch.float32
+    sampler = load_policy(source, dtype=dtype).requires_grad_(False).eval() if sharded else model
+    train.MixedPrecisionPolicy = MixedPrecisionPolicy
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95),
                                   weight_decay=0.0)
     return cfg, model, reference, sampler, optimizer
@@ -93,11 +102,13 @@ def run(name: str, folder: Path | None = None, source: str = "", lrs=(1e-4, 2e-4
     stats = train.update(model, reference, processor, optimizer, own, rewards, list(lrs), cfg) if lrs else {}
     train.refresh(sampler, model)
     weights = {n: train.whole(p.detach()).clone() for n, p in model.named_parameters()}
-    assert all(torch.equal(weights[n], p) for n, p in sampler.named_parameters()), "the replica is the policy"
+    copies = dict(sampler.named_parameters())
+    assert all(torch.equal(weights[n].to(p.dtype), p) for n, p in copies.items()), "the replica is the policy"
     sampled = sample_groups(sampler, processor, [groups[0].record], [groups[0].prompt], samples=2, temperature=1.0,
                             max_tokens=20, seed=0)[0].responses
     moments = {f"{kind} {n}": train.whole(value).clone() for n, p in model.named_parameters()
                for kind, value in optimizer.state.get(p, {}).items()}
+    rollout.autocast = plain_autocast
     if folder:
         train.save_checkpoint(folder, 0, model, sampler, processor, optimizer, {"stats": stats, "sampled": sampled})
     return {"weights": weights, "moments": moments, "stats": stats, "sampled": sampled}

@@ -17,6 +17,7 @@ import ranks
 import torch
 from conftest import ROOT, lines, weights
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 import train
 from train import checkpoints, damage, main
@@ -71,11 +72,21 @@ def assert_same(got: dict, want: dict) -> None:
     assert got["sampled"] == want["sampled"]
 
 
-@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name != "offload"])
+@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name not in ("offload", "half")])
 def test_two_processes_take_the_steps_of_one(two, name):
     """Each aggregation; uneven lengths; a group dropped on one rank only, one rank without any, text on one rank only;
     a sharded reference. Normalised per rank, or with an Adam step for gradients that nobody has, they would differ."""
     assert_same(saved(two / name), ranks.run(name))
+
+
+def test_gathered_in_bf16_as_on_gpus(two):
+    """Masters stay fp32, or steps of 1e-6 would round away; what is scored differs by bf16's rounding and no more."""
+    half, full = saved(two / "half"), saved(two / "token")
+    for name in ("ratio", "entropy", "loss", "grad_norm"):
+        assert half["stats"][name] == pytest.approx(full["stats"][name], rel=0.1), name
+    assert all(value.dtype == torch.float32 and (value - full["weights"][name]).abs().max() < 1e-3
+               for name, value in half["weights"].items())
+    assert any((value != value.bfloat16()).any() for value in half["weights"].values())
 
 
 def test_off_loading_changes_nothing(two):
@@ -145,6 +156,64 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(torchrun, small, tmp_p
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0 and "RuntimeError: rank 1 has had enough" in output
     assert [line["step"] for line in lines(tmp_path / "run")] == [1]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)  # of the published config.json
+MODELS = {"3b": (3_754_622_976, VISION | {"out_hidden_size": 2048}, dict(
+    hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
+    vocab_size=151936, tie_word_embeddings=True)), "7b": (8_292_166_656, VISION | {"out_hidden_size": 3584}, dict(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+        vocab_size=152064, tie_word_embeddings=False))}
+OFFLOAD = "--offload --rollout-rows 8 --max-prompt-tokens 4096 --max-response-tokens 1024 --micro-tokens 8192"
+
+
+def model_config(preset: str) -> Qwen2_5_VLConfig:
+    _, vision, text = MODELS[preset]
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
+
+
+def table() -> dict[str, dict[str, float]]:
+    """README's columns -> what train.memory says."""
+    columns = {"3B on 8 x 80 GB": ("3b", 8, "--kl-coef 0.01"), "7B on 8 x 80 GB": ("7b", 8, "--kl-coef 0.01"),
+               "3B on 1 x 141 GB": ("3b", 1, "--kl-coef 0.01"), "3B on 1 x 24 GB, off-loaded": ("3b", 1, OFFLOAD)}
+    return {column: train.memory(model_config(preset), train.parse_config(
+        ["--preset", preset, "--data", "ladder/", *options.split()]), processes)
+        for column, (preset, processes, options) in columns.items()}
+
+
+def test_the_readmes_memory_table_is_computed():
+    """And says that the presets fit: 2% are left for what torch keeps for itself."""
+    found, readme = table(), (ROOT / "README.md").read_text()
+    assert f"| GB a GPU | {' | '.join(found)} |" in readme and OFFLOAD in readme
+    for part in next(iter(found.values())):
+        assert f"| {part} | {' | '.join(f'{found[column][part]:.1f}' for column in found)} |" in readme
+    for column, parts in found.items():
+        assert parts["peak"] < 0.98 * float(column.split(" x ")[1].split()[0]), column
+
+
+@pytest.mark.parametrize("preset", MODELS)
+def test_the_table_counts_the_published_models(preset):
+    """To the parameter, as the hub has them."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(model_config(preset))
+    assert sum(p.numel() for p in model.parameters()) == MODELS[preset][0]
+
+
+def test_memory_by_hand():
+    """A cache of two rows of ten tokens of the toy; and shares, moments and gradients of its weights."""
+    toy = ranks.load_policy(str(ranks.TOY / "model"))
+    n, text = toy.num_parameters(), toy.config.text_config
+    cfg = train.Config(rollout_rows=2, max_prompt_tokens=6, max_response_tokens=4, kl_coef=0.1)
+    found = train.memory(toy.config, cfg, 4)
+    keys = text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    assert found["cache"] * 1e9 == 2 * 10 * 2 * keys * 2  # rows, tokens, keys and values, bytes
+    assert [found[name] * 1e9 for name in ("weights", "gradients", "moments", "replica", "reference")] == pytest.approx(
+        [n, n, 2 * n, 2 * n, n / 2])
+
+
+# --- kills (slow) ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
