@@ -2,6 +2,7 @@
 
     torchrun train.py --stage all                         # the built-in world, on a laptop
     torchrun train.py --preset 3b --data ladder/          # Qwen2.5-VL-3B on a ladder of your own
+    torchrun --nproc-per-node 8 train.py --preset 7b --data ladder/
 
 The loop, for each batch of P problems of the ladder:
 
@@ -24,6 +25,9 @@ and curriculum stand at the head of their own files:
   6. The logged reward is the reward used; the official log leaves the bonus out.
   7. "Old" log-probs are the trainer's own, in the packing of the update; in the first update of a rollout they are
      the policy's very own, nothing is computed, and ratio is 1.
+
+With several processes each takes a share of the prompts and of the weights (FSDP2), and the run is the same: see "many
+GPUs" below. It may be stopped or killed at any moment and goes on with --resume, to the bit: see "checkpoints".
 
 Shapes: P prompts, G responses of a group, N rows (responses), T response tokens.
 """
@@ -444,7 +448,7 @@ def join_processes(cfg: Config) -> torch.device:
     return device
 
 
-def shard(model, device: torch.device, offload: bool):
+def shard(model, device: torch.device, offload: bool) -> None:
     """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
     bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
     half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
@@ -454,10 +458,30 @@ def shard(model, device: torch.device, offload: bool):
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    # What is outside of the blocks (embeddings, head, norms) is gathered inside of this call, and freed after it.
+    # What is outside of the blocks (embeddings, head, norms) is gathered when this is called.
     model.computes_on, model.inside = device, lambda work: work()
     register_fsdp_forward_method(model, "inside")
-    return model
+
+
+def load_models(cfg: Config, source: str, device: torch.device) -> tuple:
+    """-> the policy in fp32, in shares where there are several processes; with a KL the model that the run began with,
+    to hold the policy near it; a plain replica of the policy to sample with (on one CPU the policy itself); AdamW."""
+    sharded, half = place()[1] > 1 or cfg.offload, torch.bfloat16 if device.type == "cuda" else torch.float32
+    home = "cpu" if sharded else device  # (from where shard takes it block by block)
+    model = load_policy(source, home, freeze_vision=cfg.freeze_vision,
+                        gradient_checkpointing=cfg.gradient_checkpointing)
+    reference = None
+    if cfg.kl_coef > 0:
+        reference = load_policy(cfg.model, home, dtype=half).requires_grad_(False).eval()
+    for policy in (model, reference) if sharded else ():
+        if policy is not None:
+            shard(policy, device, cfg.offload)
+    sampler = model
+    if sharded or device.type == "cuda":
+        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
+    return model, reference, sampler, optimizer
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -530,7 +554,6 @@ def everyones(share: list) -> list:
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -620,8 +643,9 @@ def newest_whole(run: Path) -> Path | None:
         fault = damage(path)
         if fault is None:
             for bad in damaged:
-                shutil.rmtree(run / bad.name.replace("checkpoint", "damaged"), ignore_errors=True)
-                os.replace(bad, run / bad.name.replace("checkpoint", "damaged"))
+                aside = run / bad.name.replace("checkpoint", "damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(bad, aside)
             return path
         tqdm.write(f"{path} is damaged: {fault}; taking the one before it")
         damaged.append(path)
@@ -700,7 +724,6 @@ def environment() -> dict:
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-
 # Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
 # Folders may have moved; data_digest tells whether the problems are the same.
 FREE = ("resume", "out", "data", "test", "micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
@@ -776,6 +799,41 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
                    "--group-size, or another model; read responses.jsonl first.")
 
 
+class Stop:
+    """SIGINT (Ctrl-C) and SIGTERM (torchrun's, a cluster's) ask a run to stop. Sampling is cut short; an update is not,
+    so that what is saved then is whole."""
+
+    def __init__(self):
+        self.asked = self.at_once = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number: int, frame) -> None:
+        if not self.asked and place()[0] == 0:  # (os.write, for print is not to be interrupted by itself)
+            os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
+        self.asked = True
+        if self.at_once:
+            self.at_once = False
+            raise KeyboardInterrupt
+
+    def unless_asked(self, work: Callable):
+        """The work's result; None, on all ranks, when any of them is asked to stop before the work is done."""
+        result = None
+        try:
+            self.at_once = True
+            result = None if self.asked else work()
+            self.at_once = False
+        except KeyboardInterrupt:
+            pass
+        return None if self.asked_of_any() else result
+
+    def asked_of_any(self) -> bool:
+        return any(everyones([self.asked]))
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def main(args: list[str] | None = None) -> None:
     cfg = parse_config(args)
     hf_logging.set_verbosity_error()
@@ -790,22 +848,7 @@ def main(args: list[str] | None = None) -> None:
     train, test = load_problems(cfg, processor)
     curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
 
-    # The policy in fp32, in shares where there are several processes; a plain replica of it to sample with; the model
-    # that the run began with, where a KL holds the policy near it.
-    sharded, half = world > 1 or cfg.offload, torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_policy(source, "cpu" if sharded else device, freeze_vision=cfg.freeze_vision,
-                        gradient_checkpointing=cfg.gradient_checkpointing)
-    reference = load_policy(cfg.model, "cpu" if sharded else device, dtype=half) if cfg.kl_coef > 0 else None
-    if reference is not None:
-        reference.requires_grad_(False).eval()
-    if sharded:
-        shard(model, device, cfg.offload)
-        reference = reference and shard(reference, device, cfg.offload)
-    sampler = model
-    if sharded or device.type == "cuda":
-        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+    model, reference, sampler, optimizer = load_models(cfg, source, device)
 
     def set_up() -> None:  # only now: bad input leaves no folder in the way of the mended command
         run.mkdir(parents=True, exist_ok=True)
@@ -835,6 +878,8 @@ def main(args: list[str] | None = None) -> None:
         say(f"GPU memory, at most (estimate): {memory(model.config, cfg, world)['peak']:.0f} GB; less with shorter "
             "--max-response-tokens, fewer --rollout-rows, fewer --micro-tokens")
 
+    if len(set(everyones([curriculum.digest()]))) > 1:
+        raise ValueError(f"{cfg.data} is not the same for all processes; give every machine the same copy")
     data = together(lambda: {"train": data_digest(train), "test": data_digest(test)})
     if resume_from:
         state = json.loads((resume_from / "trainer" / "state.json").read_text())
@@ -881,30 +926,6 @@ def main(args: list[str] | None = None) -> None:
             plot_curves(logs["metrics.jsonl"], run / "curves.png")
             write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
 
-    asked: list[int] = []  # signals that asked to stop
-    at_once = False  # may a signal cut short what is under way? Not an update: all that is saved is whole
-
-    def ask_to_stop(number: int, frame) -> None:
-        nonlocal at_once
-        if not asked and chief:  # (os.write, for print is not to be interrupted by itself)
-            os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
-        asked.append(number)
-        if at_once:
-            at_once = False
-            raise KeyboardInterrupt
-
-    def unless_stopped(work: Callable):
-        """The work's result; None on all ranks when a signal has asked any of them to stop, during the work or before.
-        """
-        nonlocal at_once
-        try:
-            at_once = True
-            result = None if asked else work()
-            at_once = False
-        except KeyboardInterrupt:
-            result = None
-        return None if any(everyones([bool(asked)])) else result
-
     def held_out() -> None:
         """Answer the held-out problems if they are due: before the first step, at each stage's end and after the last;
         greedily and, at the two ends, also at temperature 1."""
@@ -915,7 +936,7 @@ def main(args: list[str] | None = None) -> None:
         records = test if ends else test[:cfg.eval_limit or None]
         scores = {}
         for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
-            share = unless_stopped(lambda t=temperature, k=k: [result.samples for result in evaluate(
+            share = stop.unless_asked(lambda t=temperature, k=k: [result.samples for result in evaluate(
                 sampler, processor, records[rank::world], style=cfg.prompt, temperature=t, samples=k,
                 max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
             if share is None:
@@ -924,7 +945,7 @@ def main(args: list[str] | None = None) -> None:
         log("metrics.jsonl", {"step": step, "eval": scores})
         prune()
 
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = Stop()
     held_out()
     bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout", disable=not chief)
     for batch in curriculum:
@@ -934,7 +955,7 @@ def main(args: list[str] | None = None) -> None:
         t0 = time.perf_counter()
         share = batch.records[rank::world]
         prompts = [processor.encode(r, cfg.prompt) for r in share]
-        groups = unless_stopped(lambda r=share, p=prompts, n=step: sample_groups(
+        groups = stop.unless_asked(lambda r=share, p=prompts, n=step: sample_groups(
             sampler, processor, r, p, samples=cfg.group_size, temperature=cfg.temperature,
             max_tokens=cfg.max_response_tokens, seed=cfg.seed * 1_000_003 + n, max_rows=cfg.rollout_rows))
         if groups is None:  # the policy is still what it was after the step before
@@ -989,13 +1010,12 @@ def main(args: list[str] | None = None) -> None:
         held_out()
         if curriculum.position == saved:
             draw()
-        if any(everyones([bool(asked)])):
+        if stop.asked_of_any():
             break
     bar.close()
     save()
     draw()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    stop.close()
     if curriculum.position < len(curriculum) or (test and len(curriculum) not in evals()):
         say(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
     else:

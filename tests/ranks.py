@@ -27,7 +27,8 @@ from rollout import Group, load_policy, sample_groups  # noqa: E402
 
 plain_autocast = rollout.autocast
 TOY = ROOT / "assets" / "toy"
-BASE = dict(prompts_per_rollout=6, group_size=4, micro_tokens=200, max_response_tokens=40, grad_clip=0.5)
+BASE = dict(model=str(TOY / "model"), prompts_per_rollout=6, group_size=4, micro_tokens=200,
+            max_response_tokens=40, grad_clip=0.5)
 # Of six groups, rank 0 of two has 0, 2, 4 and rank 1 has 1, 3, 5; an update is two groups.
 SCENARIOS: dict[str, dict] = {
     "token": {}, "sequence": dict(aggregation="sequence"), "constant": dict(aggregation="constant"),
@@ -66,35 +67,27 @@ def made_up(name: str, processor: Processor) -> tuple[list[Group], Rewards]:
                            [[None] * 4] * len(records))
 
 
-def load(name: str, source: str, device: torch.device) -> tuple:
-    """Policy, reference, sampler and optimizer, as train.main has them."""
+def load(name: str, source: str) -> tuple:
+    """Settings and models, as train.main has them."""
     cfg = train.Config(**BASE | SCENARIOS[name])
-    sharded = place()[1] > 1 or cfg.offload
-    model = load_policy(source, freeze_vision=cfg.freeze_vision, gradient_checkpointing=cfg.gradient_checkpointing)
-    reference = None
-    if cfg.kl_coef:
-        reference = load_policy(str(TOY / "model")).requires_grad_(False).eval()
-        with torch.no_grad():
-            reference.lm_head.weight.mul_(1.01)
+    device = train.join_processes(cfg)
     if name == "half":
         train.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
         rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
-    if sharded:
-        train.shard(model, device, cfg.offload)
-        reference = reference and train.shard(reference, device, cfg.offload)
-    dtype = torch.bfloat16 if name == "half" else torch.float32
-    sampler = load_policy(source, dtype=dtype).requires_grad_(False).eval() if sharded else model
+    model, reference, sampler, optimizer = train.load_models(cfg, source, device)
     train.MixedPrecisionPolicy = MixedPrecisionPolicy
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+    if name == "half":
+        sampler = load_policy(source, dtype=torch.bfloat16)
+    if reference is not None:
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.01)  # else the KL is 0
     return cfg, model, reference, sampler, optimizer
 
 
 def run(name: str, folder: Path | None = None, source: str = "", lrs=(1e-4, 2e-4, 1e-4)) -> dict:
     """Updates from `source`, a checkpoint (else from the shipped model) -> what came of it, weights gathered."""
     processor = Processor(str(TOY / "model"))
-    device = train.join_processes(train.Config(**BASE | SCENARIOS[name]))
-    cfg, model, reference, sampler, optimizer = load(name, source or str(TOY / "model"), device)
+    cfg, model, reference, sampler, optimizer = load(name, source or str(TOY / "model"))
     if source:
         train.load_optimizer(Path(source), model, optimizer)
     (rank, world), (groups, rewards) = place(), made_up(name, processor)
