@@ -215,6 +215,8 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
     for row, message in (({"id": "9", "response": "x"}, "line 2: mathvista has no problem '9'"),
                          ({"id": "1"}, "line 2: it has no 'response'"),
                          ({"id": "1", "response": 3}, "line 2: its response is no text"),
+                         ({"id": "1", "response": "3", "tokens": "12"}, "line 2: its tokens are '12'"),
+                         ("text", "line 2: "),
                          ({"id": "2", "response": ["a", "b"]}, "mathvista-1: 1 responses, others have 2")):
         with pytest.raises(ValueError, match=message):
             read_responses(lines(tmp_path / "b.jsonl", {"id": "1", "response": "3"}, row), "mathvista", rows)
@@ -248,6 +250,23 @@ def test_scoring_leaves_all_files_and_is_refused_for_other_data(command, tmp_pat
         command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", out, "--limit", 2)
 
 
+def test_answers_are_scored_without_the_pictures_and_scored_again(command, tmp_path, capsys):
+    """A copy of the questions and golds is all that scoring needs; the page, written last, opened every picture.
+
+    What an evaluation left can be scored anew, also where some published rows have no usable gold.
+    """
+    rows = [mathvision_row(1), mathvision_row(2, answer=None), mathvision_row(3, options=list("ABCDE"), answer="B")]
+    copy = lines(tmp_path / "test.jsonl", *({k: v for k, v in row.items() if k != "decoded_image"} for row in rows))
+    first = lines(tmp_path / "a.jsonl", {"id": "1", "response": "<answer>1</answer>"}, {"id": "3", "response": "B"})
+    for name, path in (("once", first), ("again", tmp_path / "once" / "responses.jsonl")):
+        command("--benchmark", f"mathvision={copy}", "--responses", path, "--prompt", " none", "--out", tmp_path / name)
+        assert "| mathvision | none   | given    | 3        | 33.3 [0.0, 100.0]" in capsys.readouterr().out
+        [scores] = json.loads((tmp_path / name / "scores.json").read_text())["scores"]
+        assert list(scores["why_unusable"]) == ["mathvision-2"] and scores["unreadable"] == .5
+        page = (tmp_path / name / "responses.html").read_text()
+        assert "cannot use its picture" in page and "None tokens" not in page
+
+
 def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path, vista):
     from conftest import TOY
 
@@ -262,11 +281,13 @@ def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path
     refused("there are none, think, observe", "--prompt", "cot")
     refused("are both called toy", "--benchmark", "toy,toy", "--limit", 2)
     refused("each style only once", "--prompt", "none,none", "--limit", 2)
+    refused("each style only once", "--prompt", ",", "--limit", 2)
+    refused("give a --benchmark", "--benchmark", ",")
     refused("all samples would be the same", "--temperature", 0, "--samples", 4, "--limit", 2)
     (tmp_path / "cut").mkdir()
     cut = hub_file(tmp_path / "cut", "testmini-x", [mathvista_row(1), mathvista_row(
         2, decoded_image={"bytes": b"no picture", "path": "x"}), mathvista_row(3, answer=None)])
-    refused("mathvista: 1 of 3 problems cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
+    refused("mathvista: 1 of 3 records cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
     rows, order, [job] = command("--model", TOY / "model", "--out", tmp_path / "out", "--skip-bad", "--benchmark",
                                  f"mathvista={cut}", call=lambda: prepare(eval.parse_args()))
     assert order == {"mathvista": [0]} and len(rows["mathvista"]) == 3 and job.sampling == "greedy"
@@ -277,11 +298,10 @@ def test_greedy_and_sampled(command):
         args = command("--model", "m", *arguments, call=eval.parse_args)
         return {name: samplings(name, args) for name in ("toy", "mmmu")}
 
-    greedy, four = ("greedy", 0.0, 1), ("T=1", 1.0, 4)
-    assert asked() == {"toy": [greedy, four], "mmmu": [greedy]}
-    assert asked("--both")["mmmu"] == [greedy, four]
+    greedy = ("greedy", 0.0, 1)
+    assert asked() == {"toy": [greedy, ("T=1", 1.0, 4)], "mmmu": [greedy]}
     assert asked("--samples", 8)["toy"] == [("T=1", 1.0, 8)] and asked("--temperature", 0)["toy"] == [greedy]
-    assert asked("--temperature", .6, "--both")["mmmu"] == [greedy, ("T=0.6", .6, 4)]
+    assert asked("--temperature", .6, "--samples", 4)["mmmu"] == [("T=0.6", .6, 4)]
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -332,10 +352,11 @@ def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
 
 
 def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
-    for name, answers in (("a", "3333"), ("b", "3344")):
+    for name, answers, copy in (("a", "3333", vista), ("b", "3344", f"{vista}/.")):
         path = lines(tmp_path / f"{name}.jsonl", *({"id": i, "response": f"<answer>{a}</answer>"}
                                                    for i, a in enumerate(answers, 1)))
-        command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", tmp_path / name)
+        command("--benchmark", f"mathvista={copy}", "--responses", path, "--out", tmp_path / name)
     compare([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
+    assert "| benchmark" not in printed, "where a copy lies is no setting: its data tell what was asked"
     assert "mathvista, given, %" in printed and "-50.0 [-100.0, +0.0] | 4" in printed
