@@ -14,7 +14,8 @@
     python eval.py compare RUN RUN ...
 
 Departures from the benchmarks' own scripts, each with its reason:
-  1. No judge model, and no random guess where no choice can be read: that is wrong, and counted as unreadable.
+  1. No judge model, and no random guess: an answer that names no option is wrong; a response that gives no answer
+     (rewards.extract_answer) is wrong too, and counted as unreadable.
   2. The judge is the one of training (rewards.py). MathVista's own cuts 3.7 down to 3 where an integer is asked for;
      here 3.0 is 3 and 3.7 is not.
   3. Accuracy is over all published rows. One whose gold no rule can read is wrong; their number stands in the table.
@@ -491,8 +492,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             x, y = zip(*points)
             axis.plot(x, y, color="0.8", linewidth=0.8)
             window = max(1, len(y) // 20)
-            smooth = [sum(y[max(0, i - window):i + window + 1]) / len(y[max(0, i - window):i + window + 1])
-                      for i in range(len(y))]
+            smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
             scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
@@ -552,13 +552,10 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
     All text is escaped: what a model writes cannot become markup.
     """
     def worth(r: dict) -> str:
-        if "reward" not in r:
-            return "" if r["answer"] is None else f"answer: {html.escape(r['answer'][:200])}; "
-        return (f"reward {r['reward']:.2f} = accuracy {r['accuracy']:.0f}, format {r['format']:.0f}, "
-                f"bonus {r['bonus']:.1f}; advantage {r['advantage']:+.2f}; ")
-
-    def length(r: dict) -> str:
-        return "" if r["tokens"] is None else f"{r['tokens']} tokens"
+        told = [f"reward {r['reward']:.2f} = accuracy {r['accuracy']:.0f}, format {r['format']:.0f}, bonus "
+                f"{r['bonus']:.1f}; advantage {r['advantage']:+.2f}"] if "reward" in r else (
+                    [] if r["answer"] is None else [f"answer: {html.escape(r['answer'][:200])}"])
+        return "; ".join(told + ([] if r["tokens"] is None else [f"{r['tokens']} tokens"]))
 
     kept = [lines[i * len(lines) // limit] for i in range(limit)] if len(lines) > limit else lines
     parts = []
@@ -566,7 +563,7 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
         record = records[line["id"]]
         responses = "".join(
             f'<pre class="{"right" if r["accuracy"] else "unreadable" if r.get("answer", "") is None else "wrong"}">'
-            f'{html.escape(r["text"])}<small>{worth(r)}{length(r)}</small></pre>' for r in line["responses"])
+            f'{html.escape(r["text"])}<small>{worth(r)}</small></pre>' for r in line["responses"])
         stage = "" if line.get("stage") is None else f", stage {line['stage']}"
         where = f"step {line['step']}{stage}, weight {line['weight']:.2f}, " if "step" in line else ""
         parts.append(
@@ -683,10 +680,10 @@ def compare(argv: list[str]) -> None:
         header += [f"{column}, %", *["gain by training"] * trained,
                    *["against the first", "paired problems"] * (len(shown) > 1)]
         base = [run.problems[column] for run in shown[0] if column in run.problems]
-        for row, group in zip(table, shown):
+        for y, (row, group) in enumerate(zip(table, shown)):
             runs = [run.problems[column] for run in group if column in run.problems]
             before = [run.before[column] for run in group if column in run.before]
-            score = points[column, len(points) % len(shown)] = difference(runs, [])
+            score = points[column, y] = difference(runs, [])
             row.append(cell(score))
             if trained:
                 row.append(cell(difference(runs, before) if before else None, "+"))
@@ -703,7 +700,7 @@ def compare(argv: list[str]) -> None:
     across = min(3, len(columns))
     down = -(-len(columns) // across)
     figure = Figure(figsize=(5 * across + 2, down * (1.5 + .4 * len(names))), layout="constrained")
-    axes = figure.subplots(down, across, sharey=True, squeeze=False).flat
+    axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     for axis, column in zip(axes, columns):
         axis.set(title=f"{column}: accuracy, 95% interval", yticks=range(len(names)), ylim=(len(names) - .5, -.5))
         axis.set_yticklabels(names, parse_math=False)
@@ -712,7 +709,7 @@ def compare(argv: list[str]) -> None:
             if found := points[column, y]:
                 axis.plot(found[1] or [found[0]] * 2, [y, y], color="C0", linewidth=2)
                 axis.plot(found[0], y, "o", color="C0")
-    for axis in list(axes)[len(columns):]:
+    for axis in axes[len(columns):]:
         axis.set_visible(False)
     figure.savefig(args.out / "compare.png", dpi=110)
     print(*text, "", f"-> {args.out}", sep="\n")

@@ -356,6 +356,7 @@ def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
         path = lines(tmp_path / f"{name}.jsonl", *({"id": i, "response": f"<answer>{a}</answer>"}
                                                    for i, a in enumerate(answers, 1)))
         command("--benchmark", f"mathvista={copy}", "--responses", path, "--out", tmp_path / name)
+    capsys.readouterr()
     compare([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "| benchmark" not in printed, "where a copy lies is no setting: its data tell what was asked"
