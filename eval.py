@@ -70,7 +70,7 @@ from data import (
     settle,
 )
 from rewards import TAGS, judged, named_option, score, section
-from rollout import load_policy, sample_groups
+from rollout import best_device, load_policy, sample_groups
 
 TOY = Path(__file__).resolve().parent / "assets/toy/test.parquet"
 PUBLISHED = {"mathvista": 1000, "mathvision": 3040, "mathverse": 3940, "wemath": 1740, "mmmu": 900, "mmstar": 1500}
@@ -145,8 +145,7 @@ def load_both(path: str, max_pixels: int | None) -> tuple:
     """Model and processor, on this process's own GPU where there are any."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = load_policy(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return model, Processor(path, max_pixels)
+    return load_policy(path, best_device()), Processor(path, max_pixels)
 
 
 def place() -> tuple[int, int]:
@@ -886,7 +885,7 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     """
     known = {name: row.id for row in rows for name in (row.id, row.id.removeprefix(f"{benchmark}-"))}
     found: dict[str, list[dict]] = {}
-    bad = []
+    bad, jobs = [], set()
     csv.field_size_limit(2**31 - 1)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -906,6 +905,8 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
                 raise ValueError(f"its tokens are {tokens!r}, where a number is needed")
             if name not in known:
                 raise ValueError(f"{benchmark} has no problem {name!r}; its ids are such as {rows[0].id!r}")
+            if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
+                jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
             found.setdefault(known[name], []).extend(
                 {"text": text, "tokens": tokens if len(texts) == 1 else None} for text in texts)
         except KeyError as error:
@@ -914,6 +915,7 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
             bad.append(f"line {number}: {error}")
     most = max(map(len, found.values()), default=0)
     bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
+    bad += [f"they are of {', '.join(sorted(jobs))}; leave the lines of one"] if len(jobs) > 1 else []
     if bad or not found:
         raise ValueError(f"--responses {path}: {len(bad)} lines or problems cannot be used:\n  "
                          + "\n  ".join(bad[:10] or ["it is empty"]))

@@ -220,6 +220,11 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
                          ({"id": "2", "response": ["a", "b"]}, "mathvista-1: 1 responses, others have 2")):
         with pytest.raises(ValueError, match=message):
             read_responses(lines(tmp_path / "b.jsonl", {"id": "1", "response": "3"}, row), "mathvista", rows)
+    ours = [{"id": "1", "response": "3", "benchmark": "mathvista", "prompt": "none", "sampling": kind}
+            for kind in ("greedy", "T=1")]
+    assert read_responses(lines(tmp_path / "c.jsonl", ours[0]), "mathvista", rows)
+    with pytest.raises(ValueError, match="of mathvista none T=1, mathvista none greedy; leave the lines of one"):
+        read_responses(lines(tmp_path / "c.jsonl", *ours), "mathvista", rows)
 
 
 @pytest.fixture
