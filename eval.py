@@ -501,8 +501,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
         for before, after in zip(steps, steps[1:]):
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
-        axis.set_title(title)
-        axis.set_xlabel("rollout (a line at each stage's end)")
+        axis.set(title=title, xlabel="rollout (a line at each stage's end)")
     if axes.flat[0].get_legend_handles_labels()[0]:
         axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -723,12 +722,14 @@ def _short(value) -> str:
 
 def model_digest(path: str) -> str:
     """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
+    if not Path(path).is_dir():
+        return path
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
+    for file in sorted(Path(path).iterdir()):
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
             with open(file, "rb") as data:
                 digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
-    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})" if Path(path).is_dir() else path
+    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})"
 
 
 def data_digest(records: list[Record]) -> str:

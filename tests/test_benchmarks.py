@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
 import eval
@@ -28,6 +29,7 @@ from eval import (
     prepare,
     read_benchmark,
     read_responses,
+    read_runs,
     samplings,
     scores_of,
 )
@@ -354,6 +356,19 @@ def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
         compare([str(runs[1]), str(runs[1])])
     with pytest.raises(ValueError, match="no finished run"):
         compare([str(tmp_path)])
+
+
+def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
+    """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
+    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
+               "drawn_with": {"1": "one", "2": "one"}} for name in "abcdefgh"]
+    (tmp_path / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
+        "trained": None, "model": "m", "responses": None, "seed": 0}}))
+    [run] = read_runs(tmp_path)
+    assert run.problems["a, greedy"] == {"1": ("one", 1.0), "2": ("one", 0.0), "3": ("3", 0.0)}
+    compare([str(tmp_path), "--out", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out/compare.png") as image:
+        assert image.width < 2000 and image.height < 2000
 
 
 def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
