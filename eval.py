@@ -804,24 +804,26 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
     return name, rows
 
 
-def encoded_lengths(rows: list[Record | Dropped], processor: Processor | None) -> tuple[list, list[int]]:
-    """Encode every record once, which finds broken pictures before hours are lost -> the rows, those that cannot be
-    fed dropped, and the length of each prompt."""
-    def encode(row: Record | Dropped):
+def longest_first(rows: list[Record | Dropped], processor: Processor | None) -> list[int]:
+    """Encode every record once, which finds broken pictures before hours are lost: what cannot be fed is dropped in
+    `rows` -> places of the others, longest prompts first: neighbours are of one length, and too little memory shows."""
+    def length(i: int) -> int:
         try:
-            return row, len(processor.encode(row, "observe").ids) if processor and isinstance(row, Record) else 0
+            return len(processor.encode(rows[i], "observe").ids) if processor else 0
         except ValueError as error:
-            return Dropped(row.id, "cannot be fed", str(error), row.images, row.meta), 0
+            rows[i] = Dropped(rows[i].id, "cannot be fed", str(error), rows[i].images, rows[i].meta)
+            return 0
 
+    places = [i for i, row in enumerate(rows) if isinstance(row, Record)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        pairs = list(tqdm(pool.map(encode, rows), total=len(rows), desc="checking", unit="problem"))
-    return [row for row, _ in pairs], [length for _, length in pairs]
+        lengths = dict(zip(places, tqdm(pool.map(length, places), total=len(places), desc="checking", unit="problem")))
+    return sorted((i for i in places if isinstance(rows[i], Record)), key=lambda i: -lengths[i])
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]], dict[str, list[int]], list[Job]]:
     """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
-    are answered (longest prompts first, so that neighbours are of one length and too little memory shows at once), and
-    the lines of the table. Settings go to settings.json, so that the same command goes on and another one is refused.
+    are answered, and the lines of the table. Settings go to settings.json, so that the same command goes on and
+    another one is refused.
     """
     specs, prompts = ([name.strip() for name in text.split(",") if name.strip()]
                       for text in (args.benchmark, args.prompt))
@@ -855,12 +857,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
 
     order = {}
     for label, made in rows.items():
-        made[:], lengths = encoded_lengths(made, None if args.responses else processor)
+        order[label] = longest_first(made, None if args.responses else processor)
         expected = ("null gold", "unverifiable") if label in BENCHMARKS else ()  # of a published row: not the user's
         faults = [row for row in made if isinstance(row, Dropped) and row.reason not in expected]
         settle(label, [row for row in made if row not in faults], [row.detail for row in faults], args.skip_bad)
-        order[label] = sorted((i for i, row in enumerate(made) if isinstance(row, Record)),
-                              key=lambda i, lengths=lengths: (-lengths[i], i))
         if not order[label]:
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {made[0].detail}")
     if args.responses:
