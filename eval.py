@@ -612,7 +612,7 @@ def read_runs(folder: Path) -> list[Run]:
     trained = asked["trained"] or {}
     settings = {key: value for key, value in asked.items() if key not in UNEQUAL} | {
         f"trained with {key}": value for key, value in trained.items() if key not in UNEQUAL or key == "model"}
-    settings |= {} if trained else {"model": asked["model"] or asked["responses"]}
+    settings["model"] = "a checkpoint of train.py" if trained else asked["model"] or asked["responses"]
     runs: dict[str, dict] = {}
     for s in scores["scores"]:
         runs.setdefault(s["prompt"], {})[f"{s['benchmark']}, {s['sampling']}"] = {
@@ -662,7 +662,8 @@ def compare(argv: list[str]) -> None:
             group.append(run)
     shown = list(groups.values())
     keys = dict.fromkeys(key for group in shown for key in group[0].settings)
-    differ = [key for key in keys if len({json.dumps(group[0].settings.get(key)) for group in shown}) > 1]
+    differ = [key for key in keys  # a model that was never trained does not differ in all settings of training
+              if len({json.dumps(group[0].settings[key]) for group in shown if key in group[0].settings}) > 1]
     short = [key for key in differ if not key.startswith("data ")]
     names = [", ".join(f"{key} {_short(group[0].settings.get(key))}" for key in short) if 0 < len(short) < 4 else
              group[0].folder.name + (f", prompt {group[0].settings.get('prompt')}" if "prompt" in short else "")

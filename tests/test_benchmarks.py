@@ -358,15 +358,32 @@ def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
         compare([str(tmp_path)])
 
 
+def evaluation(folder: Path, benchmarks: str, trained: dict | None = None) -> Path:
+    """The part that compare reads of what eval.py leaves."""
+    folder.mkdir()
+    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
+               "drawn_with": {"1": "one", "2": "one"}} for name in benchmarks]
+    (folder / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
+        "trained": trained, "model": "m", "responses": None, "seed": 0}}))
+    return folder
+
+
+def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_training(tmp_path, capsys):
+    runs = [evaluation(tmp_path / "base", "a")] + [
+        evaluation(tmp_path / f"{sigma}{seed}", "a", {"sigma": sigma, "lr": 1e-6, "seed": seed, "model": "m"})
+        for sigma in (0, 1) for seed in (0, 1)]
+    compare([*map(str, runs), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "| model m, trained with sigma - " in printed and "trained with sigma 1 | 2 " in printed
+    assert "trained with lr" not in printed
+
+
 def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
     """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
-    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
-               "drawn_with": {"1": "one", "2": "one"}} for name in "abcdefgh"]
-    (tmp_path / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
-        "trained": None, "model": "m", "responses": None, "seed": 0}}))
-    [run] = read_runs(tmp_path)
+    folder = evaluation(tmp_path / "a", "abcdefgh")
+    [run] = read_runs(folder)
     assert run.problems["a, greedy"] == {"1": ("one", 1.0), "2": ("one", 0.0), "3": ("3", 0.0)}
-    compare([str(tmp_path), "--out", str(tmp_path / "out")])
+    compare([str(folder), "--out", str(tmp_path / "out")])
     with Image.open(tmp_path / "out/compare.png") as image:
         assert image.width < 2000 and image.height < 2000
 
