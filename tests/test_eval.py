@@ -61,7 +61,7 @@ def test_greedy_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypat
 
     Sampled responses depend on the rows, for a batch draws from one stream, but not on the processes.
     """
-    options = ["--model", str(TOY / "model"), "--limit", "20", "--max-tokens", "60", "--both"]
+    options = ["--model", str(TOY / "model"), "--limit", "20", "--max-tokens", "60"]
 
     def responses(out: str, kind: str) -> list[dict]:
         lines = map(json.loads, (tmp_path / out / "responses.jsonl").read_text().splitlines())
