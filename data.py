@@ -242,9 +242,9 @@ def parse_items(text: str) -> tuple[str, tuple[str, ...]] | None:
 
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
-    """Which option a text names, by its letter alone, `(B)` or `B.`, or by its whole text."""
+    """Which option a text names, by its letter alone, `(B)`, `B.` or `B**`, or by its whole text."""
     letters = ascii_uppercase[:len(choices)] or LETTERS
-    letter = re.fullmatch(r"[(\[]*([A-Za-z])[)\].:,!]*", plain(text))
+    letter = re.fullmatch(r"[(\[{*#\s]*([A-Za-z])[)\]}.:;,!*#\s]*", plain(text))
     if letter and letter[1] in letters:
         return letters.index(letter[1])
     same = [i for i, choice in enumerate(choices) if normal_text(choice) == normal_text(text)]

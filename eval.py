@@ -14,7 +14,8 @@
     python eval.py compare RUN RUN ...
 
 Departures from the benchmarks' own scripts, each with its reason:
-  1. No judge model, and no random guess where no choice can be read: that is wrong, and counted as unreadable.
+  1. No judge model, and no random guess: an answer that names no option is wrong; a response that gives no answer
+     (rewards.extract_answer) is wrong too, and counted as unreadable.
   2. The judge is the one of training (rewards.py). MathVista's own cuts 3.7 down to 3 where an integer is asked for;
      here 3.0 is 3 and 3.7 is not.
   3. Accuracy is over all published rows. One whose gold no rule can read is wrong; their number stands in the table.
@@ -66,6 +67,7 @@ from data import (
     open_image,
     parse_number,
     read_any,
+    settle,
 )
 from rewards import TAGS, judged, named_option, score, section
 from rollout import best_device, load_policy, sample_groups
@@ -185,9 +187,10 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
     todo = together(lambda: sorted(set(range(len(chunks))) - set(_finished(folder, name, chunks))))
     if todo:
         model, processor = load()
-        total = sum(len(chunks[i]) for i in todo)
-        bar = tqdm(total=len(records), initial=len(records) - total, desc=name, unit="problem", disable=rank > 0)
-        with open(folder / f"{name}-{rank}.jsonl", "a+b") as file:
+        mine = todo[rank::world]
+        with (tqdm(total=sum(len(chunks[i]) for i in mine), unit="problem", disable=rank > 0,
+                   desc=name if world == 1 else f"{name}, the first of {world} equal shares") as bar,
+              open(folder / f"{name}-{rank}.jsonl", "a+b") as file):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -195,7 +198,7 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
                                  "killed?); end it, or wait for it") from None
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
                 file.write(b"\n")  # the last run was killed inside a line
-            for turn, i in enumerate(todo[rank::world], 1):
+            for i in mine:
                 done = evaluate(model, processor, chunks[i], samples=samples, seed=seed, max_rows=rows,
                                 **sampling)
                 results = [{"id": r.record.id, "samples": [
@@ -204,12 +207,9 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
                 file.write(json.dumps({"chunk": i, "results": results}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                # All ranks are taken to be as far as this one: they have equal shares.
-                bar.update(min(len(chunks[i]) * world, bar.total - bar.n) if turn * world < len(todo) else 0)
+                bar.update(len(chunks[i]))
         if world > 1:
             dist.barrier()
-        bar.update(bar.total - bar.n)
-        bar.close()
     done = _finished(folder, name, chunks)
     if missing := len(chunks) - len(done):
         raise ValueError(f"{folder}: {missing} chunks are not there; do all processes write to the same folder?")
@@ -341,31 +341,26 @@ DOMAINS = {subject: domain for domain, subjects in {  # of MMMU
     "Humanities & Social Science": "History Literature Psychology Sociology",
     "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
                           "Materials Mechanical_Engineering"}.items() for subject in subjects.split()}
+STEPS = {f"{n}steps_{step}": f"S{n if step == 'multi' else 1}" for n in (2, 3) for step in (1, 2, 3, "multi")}
+PARTS = {  # of each benchmark, its published sub-scores: their kind, the key in a row's meta, other names of its values
+    "mathvista": [("task", "task", TASKS), ("skill", "skills", {})],
+    "mathvision": [("level", "level", {}), ("subject", "subject", {})],
+    "mathverse": [("version", "problem_version", {})],
+    "wemath": [("steps", "key", STEPS)],
+    "mmmu": [("domain", "subject", DOMAINS), ("subject", "subject", {})],
+    "mmstar": [("category", "category", {})]}
 MEAN_OVER = {"mathverse": "version", "mmstar": "category"}  # these report the mean of their parts
 
 
 def parts_of(benchmark: str, row: Record | Dropped) -> list[tuple[str, str]]:
     """Which parts of its benchmark a row counts in: (what kind of part, its name)."""
-    meta = row.meta
-    if benchmark == "mathvista":
-        task = meta.get("task")
-        parts = [("task", TASKS.get(task, task)), *(("skill", skill) for skill in meta.get("skills", []))]
-    elif benchmark == "mathvision":
-        parts = [("level", meta.get("level")), ("subject", meta.get("subject"))]
-    elif benchmark == "mathverse":
-        parts = [("version", meta.get("problem_version"))]
-    elif benchmark == "wemath":
-        key = meta.get("key")
-        parts = [("steps", key and (f"S{key[0]}" if key.endswith("multi") else "S1"))]
-    elif benchmark == "mmmu":
-        subject = meta.get("subject")
-        parts = [("domain", DOMAINS.get(subject)), ("subject", subject)]
-    elif benchmark == "mmstar":
-        parts = [("category", meta.get("category"))]
-    else:
-        level, source = getattr(row, "difficulty", None), getattr(row, "source", None)
-        parts = [("difficulty", None if level is None else f"{level:.3f}"), ("source", source or None)]
-    return [(kind, str(name)) for kind, name in parts if name is not None]
+    if benchmark not in PARTS:
+        level, source = getattr(row, "difficulty", None), getattr(row, "source", "")
+        found = [("difficulty", "" if level is None else f"{level:.3f}"), ("source", source)]
+        return [(kind, name) for kind, name in found if name]
+    found = [(kind, names, row.meta.get(key, [])) for kind, key, names in PARTS[benchmark]]
+    return [(kind, str(names.get(value, value))) for kind, names, values in found
+            for value in (values if isinstance(values, list) else [values])]
 
 
 def four_way(results: list[Result]) -> dict:
@@ -379,35 +374,20 @@ def four_way(results: list[Result]) -> dict:
     for result in results:
         if {"ID", "key"} <= result.record.meta.keys():
             by_id.setdefault(result.record.meta["ID"], {})[result.record.meta["key"]] = result
-    whole = []  # (M, its steps)
-    for rows in by_id.values():
-        multi = next((key for key in rows if key.endswith("multi")), None)
-        if multi and len(rows) == 1 + int(multi[0]):
-            whole.append((rows[multi], [row for key, row in rows.items() if key != multi]))
+    ordered = [[rows[key] for key in sorted(rows)] for rows in by_id.values() if any("multi" in key for key in rows)]
+    whole = [rows for rows in ordered if len(rows) == 1 + int(rows[-1].record.meta["key"][0])]  # M is the last
     if not whole:
         return {}
-
-    def shares(taken: Callable, m: Result, steps: list[Result]) -> dict[str, float]:
-        n = max(1, max(len(row.samples) for row in (m, *steps)))
-
-        def right(row: Result, i: int) -> bool:
-            return i < len(row.samples) and row.samples[i].correct
-
-        kinds = Counter()
-        for i in range(n):
-            steps_right = [right(step, i) for step in steps]
-            kinds[("CM" if taken(steps_right) else "RM") if right(m, i) else
-                  "IG" if all(steps_right) else "IK"] += 1 / n
-        return {kind: kinds[kind] for kind in ("CM", "IG", "IK", "RM")}
-
+    samples = max(len(r.samples) for rows in whole for r in rows)
+    right = [np.array([[s.correct for s in r.samples] or [False] * samples for r in rows]) for rows in whole]
+    m, every, some = np.array([(r[-1], r[:-1].all(0), r[:-1].any(0)) for r in right]).swapaxes(0, 1)  # [IDs, samples]
     found: dict = {"ids": len(whole)}
-    for name, taken in (("strict", all), ("loose", any)):
-        each = {m.record.id: shares(taken, m, steps) for m, steps in whole}
-        scores = {kind: mean(share[kind] for share in each.values()) for kind in ("CM", "IG", "IK", "RM")}
-        found[name] = {"score": scores["CM"] + scores["IG"] / 2, **scores,
-                       "RM_rate": scores["RM"] / (scores["RM"] + scores["CM"]) if scores["RM"] else 0.0,
-                       "interval": interval([[m for m, _ in whole]], lambda r, each=each:
-                                            each[r.record.id]["CM"] + each[r.record.id]["IG"] / 2)}
+    for name, taken in (("strict", every), ("loose", some)):
+        kinds = {"CM": m & taken, "IG": ~m & every, "IK": ~m & ~every, "RM": m & ~taken}
+        scores = dict(zip((rows[-1].record.id for rows in whole), (kinds["CM"] + kinds["IG"] / 2).mean(1)))
+        cm, ig, ik, rm = (float(kind.mean()) for kind in kinds.values())
+        found[name] = {"score": cm + ig / 2, "CM": cm, "IG": ig, "IK": ik, "RM": rm, "RM_rate": rm and rm / (rm + cm),
+                       "interval": interval([[rows[-1] for rows in whole]], lambda r, of=scores: of[r.record.id])}
     return found
 
 
@@ -418,7 +398,10 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
         "interval": interval([results]), "samples": n, "majority": mean(map(majority_right, results)),
         "pass": {k: mean(pass_at(r, k) for r in results) for k in sorted({2**i for i in range(n.bit_length())} | {n})
                  if 0 < k <= n},
-        "unusable": sum(isinstance(r.record, Dropped) for r in results), "published": PUBLISHED.get(benchmark)}
+        "unusable": sum(isinstance(r.record, Dropped) for r in results),
+        "why_unusable": {r.record.id: r.record.detail for r in results if isinstance(r.record, Dropped)},
+        "drawn_with": {r.record.id: r.problem for r in results if r.problem != r.record.id},
+        "published": PUBLISHED.get(benchmark)}
     lengths = {tag: mean(mean(s.sections.get(tag, 0) for s in r.samples if s.sections is not None) for r in results)
                for tag in TAGS["observe"]}
     found["sections"] = {tag: {"length": length, "share": length / found["length"]}
@@ -486,7 +469,7 @@ def tables(scores: list[dict]) -> str:
             parts += ["", markdown([benchmark, "problems", *(f"{s['prompt']}, {s['sampling']}" for s in runs)], lines)]
         if runs[0]["unusable"]:
             parts.append(f"{benchmark}: {runs[0]['unusable']} of {runs[0]['problems']} problems cannot be used (most "
-                         "often no rule can read the gold); they count as wrong. unusable.jsonl names them.")
+                         "often no rule can read the gold); they count as wrong. scores.json names them.")
         if runs[0]["published"] not in (None, runs[0]["problems"]):
             parts.append(f"{benchmark}: these are {runs[0]['problems']} of {runs[0]['published']} published problems.")
     return "\n".join([markdown(header, rows), *parts])
@@ -510,8 +493,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             x, y = zip(*points)
             axis.plot(x, y, color="0.8", linewidth=0.8)
             window = max(1, len(y) // 20)
-            smooth = [sum(y[max(0, i - window):i + window + 1]) / len(y[max(0, i - window):i + window + 1])
-                      for i in range(len(y))]
+            smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
             scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
@@ -521,8 +503,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
         for before, after in zip(steps, steps[1:]):
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
-        axis.set_title(title)
-        axis.set_xlabel("rollout (a line at each stage's end)")
+        axis.set(title=title, xlabel="rollout (a line at each stage's end)")
     if axes.flat[0].get_legend_handles_labels()[0]:
         axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -549,7 +530,10 @@ function show(kind, on) {
 
 def picture_tag(record: Record, image) -> str:
     """A picture as an HTML image with the data inside, at most 512 px a side."""
-    picture = open_image(image, record.id)
+    try:
+        picture = open_image(image, record.id)
+    except ValueError as error:  # answers of another engine are scored without the pictures
+        return f"<small>{html.escape(str(error))}</small>"
     picture.thumbnail((512, 512))
     buffer = io.BytesIO()
     kind = "png" if picture.width * picture.height < 256 * 256 else "jpeg"  # a page of photographs as PNG is 80 MB
@@ -568,10 +552,10 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
     All text is escaped: what a model writes cannot become markup.
     """
     def worth(r: dict) -> str:
-        if "reward" not in r:
-            return "" if r["answer"] is None else f"answer: {html.escape(r['answer'][:200])}; "
-        return (f"reward {r['reward']:.2f} = accuracy {r['accuracy']:.0f}, format {r['format']:.0f}, "
-                f"bonus {r['bonus']:.1f}; advantage {r['advantage']:+.2f}; ")
+        told = [f"reward {r['reward']:.2f} = accuracy {r['accuracy']:.0f}, format {r['format']:.0f}, bonus "
+                f"{r['bonus']:.1f}; advantage {r['advantage']:+.2f}"] if "reward" in r else (
+                    [] if r["answer"] is None else [f"answer: {html.escape(r['answer'][:200])}"])
+        return "; ".join(told + ([] if r["tokens"] is None else [f"{r['tokens']} tokens"]))
 
     kept = [lines[i * len(lines) // limit] for i in range(limit)] if len(lines) > limit else lines
     parts = []
@@ -579,7 +563,7 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
         record = records[line["id"]]
         responses = "".join(
             f'<pre class="{"right" if r["accuracy"] else "unreadable" if r.get("answer", "") is None else "wrong"}">'
-            f'{html.escape(r["text"])}<small>{worth(r)}{r["tokens"]} tokens</small></pre>' for r in line["responses"])
+            f'{html.escape(r["text"])}<small>{worth(r)}</small></pre>' for r in line["responses"])
         stage = "" if line.get("stage") is None else f", stage {line['stage']}"
         where = f"step {line['step']}{stage}, weight {line['weight']:.2f}, " if "step" in line else ""
         parts.append(
@@ -594,7 +578,8 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
 
 # --- runs side by side ------------------------------------------------------------------------------------------------
 
-UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses")  # what runs of one setting may differ in
+# What runs of one setting may differ in; what was asked of an evaluation is told by its data.
+UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -619,10 +604,9 @@ def read_runs(folder: Path) -> list[Run]:
         test = Path(config["test"])
         label = "toy" if test.parts[-2:] == TOY.parts[-2:] else test.stem
 
-        def columns(ends: dict) -> dict:  # (a run of an older version has no by_problem)
-            return {f"{label}, {name}": {key: (key, value) for key, value in
-                                         summary.get("by_problem", {"": summary["accuracy"]}).items()}
-                    for name, summary in (("greedy", ends["greedy"]), ("T=1", ends["sampled"]))}
+        def columns(ends: dict) -> dict:
+            return {f"{label}, {name}": {key: (key, value) for key, value in ends[kind]["by_problem"].items()}
+                    for name, kind in (("greedy", "greedy"), ("T=1", "sampled"))}
 
         settings = {key: value for key, value in config.items() if key not in UNEQUAL or key == "model"}
         return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]))]
@@ -630,16 +614,11 @@ def read_runs(folder: Path) -> list[Run]:
     trained = asked["trained"] or {}
     settings = {key: value for key, value in asked.items() if key not in UNEQUAL} | {
         f"trained with {key}": value for key, value in trained.items() if key not in UNEQUAL or key == "model"}
-    settings |= {} if trained else {"model": asked["model"] or asked["responses"]}
-    sums: dict[tuple, list] = {}  # (prompt, column, id) -> problem, right answers, answers
-    with open(folder / "responses.jsonl") as lines:
-        for line in map(json.loads, lines):
-            column = f"{line['benchmark']}, {line['sampling']}"
-            found = sums.setdefault((line["prompt"], column, line["id"]), [line["problem"], 0, 0])
-            found[1:] = found[1] + line["right"], found[2] + 1
+    settings["model"] = "a checkpoint of train.py" if trained else asked["model"] or asked["responses"]
     runs: dict[str, dict] = {}
-    for (prompt, column, key), (problem, right, count) in sums.items():
-        runs.setdefault(prompt, {}).setdefault(column, {})[key] = problem, right / count
+    for s in scores["scores"]:
+        runs.setdefault(s["prompt"], {})[f"{s['benchmark']}, {s['sampling']}"] = {
+            key: (s["drawn_with"].get(key, key), accuracy) for key, accuracy in s["by_problem"].items()}
     seed = f"{trained.get('seed', '')}/{asked['seed']}"
     return [Run(folder, seed, settings | {"prompt": prompt}, problems) for prompt, problems in runs.items()]
 
@@ -651,7 +630,7 @@ def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int 
     -> mean, its 95% bootstrap interval (None where there is nothing to draw), problems; None without common problems.
     Problems are drawn once for both sides, which pairs them; so are the seeds of each side, where it has several.
     """
-    ids = sorted(set.intersection(*(set(run) for run in [*runs, *base])))
+    ids = sorted(set.intersection(*(set(run) for run in [*runs, *base]))) if runs else []
     if not ids:
         return None
     names = {name: i for i, name in enumerate(sorted({runs[0][key][0] for key in ids}))}
@@ -685,55 +664,54 @@ def compare(argv: list[str]) -> None:
             group.append(run)
     shown = list(groups.values())
     keys = dict.fromkeys(key for group in shown for key in group[0].settings)
-    differ = [key for key in keys if len({json.dumps(group[0].settings.get(key)) for group in shown}) > 1]
+    differ = [key for key in keys  # a model that was never trained does not differ in all settings of training
+              if len({json.dumps(group[0].settings[key]) for group in shown if key in group[0].settings}) > 1]
     short = [key for key in differ if not key.startswith("data ")]
     names = [", ".join(f"{key} {_short(group[0].settings.get(key))}" for key in short) if 0 < len(short) < 4 else
              group[0].folder.name + (f", prompt {group[0].settings.get('prompt')}" if "prompt" in short else "")
              for group in shown]
     columns = list(dict.fromkeys(column for group in shown for run in group for column in run.problems))
+    trained = any(run.before for group in shown for run in group)
 
     def cell(found: tuple | None, sign: str = "") -> str:
         return percent(*found[:2], sign) if found else "-"
 
-    header, rows, drawn_cells = ["setting", "seeds"], [], {column: [] for column in columns}
-    trained = any(run.before for group in shown for run in group)
+    header, table, points = ["setting", "seeds"], [[name, str(len(group))] for name, group in zip(names, shown)], {}
     for column in columns:
-        header += [f"{column}, %", *(["gain by training"] if trained else []),
-                   *(["against the first", "paired problems"] if len(shown) > 1 else [])]
-    for name, group in zip(names, shown):
-        row = [name, str(len(group))]
-        for column in columns:
-            having = [run for run in group if column in run.problems]
-            score = difference([run.problems[column] for run in having], []) if having else None
-            gain = difference([run.problems[column] for run in having], [run.before[column] for run in having]
-                              ) if having and all(column in run.before for run in having) else None
-            base = [run.problems[column] for run in shown[0] if column in run.problems]
-            against = difference([run.problems[column] for run in having], base) if (
-                having and base and group is not shown[0]) else None
-            drawn_cells[column].append(score)
-            row += [cell(score), *([cell(gain, "+")] if trained else []),
-                    *([cell(against, "+"), str(against[2]) if against else "-"] if len(shown) > 1 else [])]
-        rows.append(row)
-    text = [markdown(header, rows), "", "Accuracy in %, with 95% intervals: bootstrap over problems and, where a "
+        header += [f"{column}, %", *["gain by training"] * trained,
+                   *["against the first", "paired problems"] * (len(shown) > 1)]
+        base = [run.problems[column] for run in shown[0] if column in run.problems]
+        for y, (row, group) in enumerate(zip(table, shown)):
+            runs = [run.problems[column] for run in group if column in run.problems]
+            before = [run.before[column] for run in group if column in run.before]
+            score = points[column, y] = difference(runs, [])
+            row.append(cell(score))
+            if trained:
+                row.append(cell(difference(runs, before) if before else None, "+"))
+            if len(shown) > 1:
+                against = difference(runs, base) if base and group is not shown[0] else None
+                row += [cell(against, "+"), str(against[2]) if against else "-"]
+    text = [markdown(header, table), "", "Accuracy in %, with 95% intervals: bootstrap over problems and, where a "
             "setting has several, over seeds (too narrow with two or three). Differences are paired by problem."]
     if differ:
         text += ["", markdown(["differs", *names], [[key, *(_short(g[0].settings.get(key)) for g in shown)]
                                                     for key in differ])]
-    for run in (run for group in shown for run in group):
-        if any("" in problems for problems in run.problems.values()):
-            text.append(f"{run.folder} keeps no scores by problem: it cannot be paired.")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "compare.md").write_text("\n".join(text) + "\n")
-    figure = Figure(figsize=(5 * len(columns) + 2, 1.5 + .4 * len(names)), layout="constrained")
-    for axis, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns):
-        for y, found in enumerate(drawn_cells[column]):
-            if found:
-                value, bounds, _ = found
-                axis.plot(bounds or [value, value], [y, y], color="C0", linewidth=2)
-                axis.plot(value, y, "o", color="C0")
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(5 * across + 2, down * (1.5 + .4 * len(names))), layout="constrained")
+    axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
+    for axis, column in zip(axes, columns):
         axis.set(title=f"{column}: accuracy, 95% interval", yticks=range(len(names)), ylim=(len(names) - .5, -.5))
         axis.set_yticklabels(names, parse_math=False)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        for y in range(len(names)):
+            if found := points[column, y]:
+                axis.plot(found[1] or [found[0]] * 2, [y, y], color="C0", linewidth=2)
+                axis.plot(found[0], y, "o", color="C0")
+    for axis in axes[len(columns):]:
+        axis.set_visible(False)
     figure.savefig(args.out / "compare.png", dpi=110)
     print(*text, "", f"-> {args.out}", sep="\n")
 
@@ -747,12 +725,14 @@ def _short(value) -> str:
 
 def model_digest(path: str) -> str:
     """A model's name and, of a folder, a digest of its weights and settings, which outlives a move of the folder."""
+    if not Path(path).is_dir():
+        return path
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()) if Path(path).is_dir() else ():
+    for file in sorted(Path(path).iterdir()):
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
             with open(file, "rb") as data:
                 digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
-    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})" if Path(path).is_dir() else path
+    return f"{Path(path).resolve().name} ({digest.hexdigest()[:12]})"
 
 
 def data_digest(records: list[Record]) -> str:
@@ -802,17 +782,15 @@ class Job:
 
 def samplings(benchmark: str, args: argparse.Namespace) -> list[tuple[str, float, int]]:
     """(name, temperature, samples) of each: greedy, unless told otherwise; the built-in world at temperature 1 too."""
+    greedy = ("greedy", 0.0, 1)
     if args.responses:
         return [("given", 0.0, 0)]
     if args.temperature is None and args.samples is None:
-        return [("greedy", 0.0, 1), *([("T=1", 1.0, 4)] if args.both or benchmark == "toy" else [])]
-    temperature = 1.0 if args.temperature is None else args.temperature
-    if temperature == 0 and (args.both or (args.samples or 1) > 1):
+        return [greedy, ("T=1", 1.0, 4)] if benchmark == "toy" else [greedy]
+    temperature, samples = 1.0 if args.temperature is None else args.temperature, args.samples or 1
+    if temperature == 0 and samples > 1:
         raise ValueError("--temperature 0 is greedy: all samples would be the same; give a temperature above 0")
-    if temperature == 0:
-        return [("greedy", 0.0, 1)]
-    sampled = f"T={temperature:g}", temperature, args.samples or (4 if args.both else 1)
-    return [("greedy", 0.0, 1), sampled] if args.both else [sampled]
+    return [(f"T={temperature:g}", temperature, samples)] if temperature else [greedy]
 
 
 def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dropped]]:
@@ -832,56 +810,51 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
     return name, rows
 
 
-def encoded_lengths(rows: list[Record | Dropped], processor: Processor | None) -> tuple[list, list[int]]:
-    """Encode every record once, which finds broken pictures before hours are lost -> the rows, those that cannot be
-    fed dropped, and the length of each prompt."""
-    def encode(row: Record | Dropped):
+def longest_first(rows: list[Record | Dropped], processor: Processor | None) -> list[int]:
+    """Encode every record once, which finds broken pictures before hours are lost: what cannot be fed is dropped in
+    `rows` -> places of the others, longest prompts first: neighbours are of one length, and too little memory shows."""
+    def length(i: int) -> int:
         try:
-            return row, len(processor.encode(row, "observe").ids) if processor and isinstance(row, Record) else 0
+            return len(processor.encode(rows[i], "observe").ids) if processor else 0
         except ValueError as error:
-            return Dropped(row.id, "cannot be fed", str(error), row.images, row.meta), 0
+            rows[i] = Dropped(rows[i].id, "cannot be fed", str(error), rows[i].images, rows[i].meta)
+            return 0
 
+    places = [i for i, row in enumerate(rows) if isinstance(row, Record)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        pairs = list(tqdm(pool.map(encode, rows), total=len(rows), desc="checking", unit="problem"))
-    return [row for row, _ in pairs], [length for _, length in pairs]
+        lengths = dict(zip(places, tqdm(pool.map(length, places), total=len(places), desc="checking", unit="problem")))
+    return sorted((i for i in places if isinstance(rows[i], Record)), key=lambda i: -lengths[i])
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]], dict[str, list[int]], list[Job]]:
     """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
-    are answered (longest prompts first, so that neighbours are of one length and too little memory shows at once), and
-    the lines of the table. Settings go to settings.json, so that the same command goes on and another one is refused.
+    are answered, and the lines of the table. Settings go to settings.json, so that the same command goes on and
+    another one is refused.
     """
-    specs, prompts = [list(filter(None, text.split(","))) for text in (args.benchmark, args.prompt)]
-    if unknown := [p for p in prompts if p not in PROMPTS]:
-        raise ValueError(f"--prompt {unknown[0]}: there are {', '.join(PROMPTS)}")
+    specs, prompts = ([name.strip() for name in text.split(",") if name.strip()]
+                      for text in (args.benchmark, args.prompt))
+    if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(PROMPTS):
+        raise ValueError(f"--prompt {args.prompt}: there are {', '.join(PROMPTS)}; give some, each style only once")
     for name, low in (("rows", 1), ("max_tokens", 1), ("samples", 1), ("limit", 1), ("temperature", 0)):
         if (value := getattr(args, name)) is not None and not low <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
     if not args.responses and not args.model:
         raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
-    if args.responses and (len(specs) != 1 or len(prompts) != 1):
-        raise ValueError("--responses are answers to one --benchmark in one --prompt style; give one of each")
+    if not specs or args.responses and len(specs) + len(prompts) > 2:
+        raise ValueError("give a --benchmark; --responses are answers to one, in one --prompt style")
     processor = Processor(args.model, args.max_pixels) if args.model else None
-    rows, labels = {}, {}
+    rows: dict[str, list[Record | Dropped]] = {}
     for spec in specs:
         label, made = read_benchmark(spec, args.limit)
         if label in rows:
-            raise ValueError(f"--benchmark: {spec} and {labels[label]} are both called {label}; rename a file, or give "
-                             "each benchmark once")
-        rows[label], labels[label] = made, spec
+            raise ValueError(f"--benchmark: two are both called {label}; rename a file, or give each only once")
+        rows[label] = made
     jobs = [Job(label, prompt, *sampling) for label in rows for prompt in prompts for sampling in
             samplings(label, args)]
-    if len(set(jobs)) < len(jobs):
-        raise ValueError("--prompt: each style only once")
-
-    def digest(made: list) -> str:
-        return data_digest([row for row in made if isinstance(row, Record)])
-
-    settings = {"model": model_digest(args.model) if args.model else None, "trained": trained_by(args.model),
-                "responses": args.responses, "benchmark": args.benchmark, "prompt": args.prompt} | {
-                    f"data {label}": digest(made) for label, made in rows.items()} | {
-                    key: getattr(args, key) for key in ("temperature", "samples", "both", "max_tokens", "max_pixels",
-                                                        "rows", "seed", "limit", "skip_bad")}
+    data = {f"data {label}": data_digest([r for r in made if isinstance(r, Record)]) for label, made in rows.items()}
+    settings = {"model": model_digest(args.model) if args.model else None, "trained": trained_by(args.model)} | data | {
+        key: getattr(args, key) for key in ("responses", "benchmark", "prompt", "temperature", "samples", "max_tokens",
+                                            "max_pixels", "rows", "seed", "limit", "skip_bad")}
     file = args.out / "settings.json"
     if file.exists():
         check_same(args.out, "an evaluation", json.loads(file.read_text())["settings"], settings)
@@ -890,16 +863,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
 
     order = {}
     for label, made in rows.items():
-        made[:], lengths = encoded_lengths(made, None if args.responses else processor)
+        order[label] = longest_first(made, None if args.responses else processor)
         expected = ("null gold", "unverifiable") if label in BENCHMARKS else ()  # of a published row: not the user's
-        faults = [row.detail for row in made if isinstance(row, Dropped) and row.reason not in expected]
-        if faults and not args.skip_bad:
-            more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
-            raise ValueError(f"{label}: {len(faults)} of {len(made)} problems cannot be used:\n  "
-                             + "\n  ".join(faults[:10]) + more + "\nmend them, or pass --skip-bad: they then count as "
-                             "wrong")
-        order[label] = sorted((i for i, row in enumerate(made) if isinstance(row, Record)),
-                              key=lambda i, lengths=lengths: (-lengths[i], i))
+        faults = [row for row in made if isinstance(row, Dropped) and row.reason not in expected]
+        settle(label, [row for row in made if row not in faults], [row.detail for row in faults], args.skip_bad)
         if not order[label]:
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {made[0].detail}")
     if args.responses:
@@ -923,35 +890,39 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     Ids are the published ones, with or without `benchmark-`. Raises ValueError that names lines that cannot be read,
     ids that the benchmark lacks and ids with other numbers of responses; ids without any are said, and count as wrong.
     """
-    known = {row.id: row.id for row in rows} | {row.id.removeprefix(f"{benchmark}-"): row.id for row in rows}
+    known = {name: row.id for row in rows for name in (row.id, row.id.removeprefix(f"{benchmark}-"))}
     found: dict[str, list[dict]] = {}
-    bad = []
+    bad, jobs = [], set()
+    csv.field_size_limit(2**31 - 1)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.endswith(".tsv"):
-                csv.field_size_limit(2**31 - 1)
-                lines = [{"id": row.get("index"), "response": row.get("prediction")}
-                         for row in csv.DictReader(file, delimiter="\t")]
-            else:
-                lines = [line for line in file if line.strip()]
+            lines = ([{"id": row.get("index"), "response": row.get("prediction")}
+                      for row in csv.DictReader(file, delimiter="\t")] if path.endswith(".tsv") else
+                     [line for line in file if line.strip()])
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--responses {path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
             line = json.loads(line) if isinstance(line, str) else line
-            texts = line["response"] if isinstance(line["response"], list) else [line["response"]]
+            name, texts, tokens = str(line["id"]), line["response"], line.get("tokens")
+            texts = texts if isinstance(texts, list) else [texts]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError("its response is no text and no list of texts")
-            if str(line["id"]) not in known:
-                raise ValueError(f"{benchmark} has no problem {str(line['id'])!r}; its ids are such as {rows[0].id!r}")
-            tokens = line.get("tokens") if len(texts) == 1 else None
-            found.setdefault(known[str(line["id"])], []).extend({"text": text, "tokens": tokens} for text in texts)
+            if not isinstance(tokens, (int, float, type(None))):
+                raise ValueError(f"its tokens are {tokens!r}, where a number is needed")
+            if name not in known:
+                raise ValueError(f"{benchmark} has no problem {name!r}; its ids are such as {rows[0].id!r}")
+            if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
+                jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
+            found.setdefault(known[name], []).extend(
+                {"text": text, "tokens": tokens if len(texts) == 1 else None} for text in texts)
         except KeyError as error:
             bad.append(f"line {number}: it has no {error}; write id and response")
-        except (ValueError, TypeError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             bad.append(f"line {number}: {error}")
     most = max(map(len, found.values()), default=0)
     bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
+    bad += [f"they are of {', '.join(sorted(jobs))}; leave the lines of one"] if len(jobs) > 1 else []
     if bad or not found:
         raise ValueError(f"--responses {path}: {len(bad)} lines or problems cannot be used:\n  "
                          + "\n  ".join(bad[:10] or ["it is empty"]))
@@ -970,58 +941,41 @@ def given(job: Job, rows: list[Record | Dropped], path: str, processor: Processo
         for row in tqdm(rows, desc="scoring", unit="problem")]
 
 
-def responses_of(job: Job, results: list[Result]) -> Iterator[dict]:
-    """Lines of responses.jsonl, one for each response."""
-    def place_of(image) -> str:
+def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
+    """scores.json, responses.jsonl, responses.html, and a table for VLMEvalKit of each job's first samples -> the
+    scores, a dict for each job."""
+    def reference(image) -> str:
         if isinstance(image, Picture):
-            return f"{image.file}#{image.group}/{image.row}/{image.column}" + (
-                "" if image.index is None else f"/{image.index}")
+            place = (image.group, image.row, image.column, image.index)
+            return f"{image.file}#" + "/".join(str(part) for part in place if part is not None)
         return image if isinstance(image, str) else "(inside the data)"
 
-    for result in results:
-        row = result.record
-        about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "id": row.id,
-                 "problem": result.problem, "images": [place_of(image) for image in row.images]}
-        if isinstance(row, Dropped):
-            yield about | {"response": None, "answer": None, "gold": None, "right": False, "unusable": row.reason}
-        for i, s in enumerate(result.samples):
-            yield about | {"sample": i, "response": s.text, "answer": s.answer, "gold": row.answer,
-                           "right": s.correct, "format": s.format, "observation": s.observation, "tokens": s.tokens,
-                           "truncated": s.truncated}
-
-
-def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
-    """scores.json, responses.jsonl, unusable.jsonl, responses.html, and a table for VLMEvalKit of each job's first
-    samples -> the scores, a dict for each job."""
     scores = [{"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
               | scores_of(job.benchmark, results) for job, results in tqdm(done, desc="counting", disable=None)]
     write_json(out / "scores.json", {"settings": settings, "scores": scores})
-    with open(out / "responses.jsonl", "w") as file, open(out / "unusable.jsonl", "w") as unusable:
-        for job, results in done:
-            file.writelines(json.dumps(line) + "\n" for line in responses_of(job, results))
-        for benchmark, rows in {job.benchmark: [r.record for r in results] for job, results in done}.items():
-            unusable.writelines(json.dumps({"benchmark": benchmark, "id": row.id, "reason": row.reason,
-                                            "detail": row.detail}) + "\n" for row in rows if isinstance(row, Dropped))
     (out / "vlmevalkit").mkdir(exist_ok=True)
-    for job, results in done:
-        with open(out / "vlmevalkit" / f"{job.name}.tsv", "w", newline="", encoding="utf-8") as file:
-            letters = ascii_uppercase[:max(len(getattr(r.record, "choices", ())) for r in results)]
-            writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-            writer.writerow(["index", "question", *letters, "answer", "prediction"])
-            for record, samples in ((r.record, r.samples) for r in results if r.samples):
-                options = [*record.choices, *[""] * (len(letters) - len(record.choices))]
-                writer.writerow([record.id.removeprefix(f"{job.benchmark}-"), record.question, *options,
-                                 record.golds[0], samples[0].text])
-    records, lines = {}, []
-    for job, results in done:
-        for r in results:
-            if r.samples:
-                key = f"{job.name} {r.record.id}"
-                records[key] = r.record
-                lines.append({"id": key, "responses": [
-                    {"text": s.text, "accuracy": s.correct, "answer": s.answer, "format": s.format, "tokens": s.tokens}
-                    for s in r.samples]})
-    write_page(lines, records, out / "responses.html", title=str(out))
+    records, groups = {}, []
+    with open(out / "responses.jsonl", "w") as file:
+        for job, results in done:
+            usable = [(r.record, r.samples) for r in results if r.samples]
+            for record, samples in usable:
+                about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "id": record.id,
+                         "images": [reference(image) for image in record.images], "gold": record.answer}
+                file.writelines(json.dumps(about | {
+                    "sample": i, "response": s.text, "answer": s.answer, "right": s.correct, "format": s.format,
+                    "observation": s.observation, "tokens": s.tokens, "truncated": s.truncated}) + "\n"
+                    for i, s in enumerate(samples))
+                key = f"{job.name} {record.id}"
+                records[key] = record
+                groups.append({"id": key, "responses": [asdict(s) | {"accuracy": s.correct} for s in samples]})
+            with open(out / "vlmevalkit" / f"{job.name}.tsv", "w", newline="", encoding="utf-8") as table:
+                letters = ascii_uppercase[:max(len(record.choices) for record, _ in usable)]
+                writer = csv.writer(table, delimiter="\t", lineterminator="\n")
+                writer.writerow(["index", "question", *letters, "answer", "prediction"])
+                writer.writerows([record.id.removeprefix(f"{job.benchmark}-"), record.question, *record.choices,
+                                  *[""] * (len(letters) - len(record.choices)), record.golds[0], samples[0].text]
+                                 for record, samples in usable)
+    write_page(groups, records, out / "responses.html", title=str(out))
     return scores
 
 
@@ -1036,7 +990,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
     parser.add_argument("--temperature", type=float, help="0: greedy (the default; toy: greedy, and 1 with 4 samples)")
     parser.add_argument("--samples", type=int, help="k of avg@k, maj@k, pass@k; at temperature 1 unless told otherwise")
-    parser.add_argument("--both", action="store_true", help="greedy, and sampled (temperature 1, 4 samples) beside it")
     parser.add_argument("--max-tokens", type=int, help="longest response (default: 1024; toy: 160)")
     parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk (default: the model's)")
     parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
@@ -1061,12 +1014,14 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
         dist.init_process_group("gloo", timeout=timedelta(days=365))
     rows, order, jobs = together(lambda: prepare(args))
+    rank, world = place()
     load = cache(lambda: load_both(args.model, args.max_pixels))
     done = []
     for job in jobs:
         made = rows[job.benchmark]
         if args.responses:
-            done.append((job, given(job, made, args.responses, Processor(args.model) if args.model else None)))
+            done += [(job, given(job, made, args.responses, Processor(args.model) if args.model else None))
+                     ] if rank == 0 else []
             continue
         # Each chunk in the order of the file, whose pictures are read in groups of neighbours.
         places = [i for chunk in batches(order[job.benchmark], max(1, args.rows // job.samples)) for i in sorted(chunk)]
@@ -1076,7 +1031,6 @@ def main() -> None:
                             max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024))
         by_place = dict(zip(places, answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
-    rank, world = place()
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:

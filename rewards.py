@@ -194,7 +194,10 @@ def _number(answer: str, gold: str, record: Record) -> bool:
 
 
 def _text(answer: str, gold: str, record: Record) -> bool:
-    return (normal_text(answer) == normal_text(gold)
+    def spaceless(text: str) -> str:
+        return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", normal_text(text))  # `S 23.5 ^\circ W` is S 23.5° W, 1 2 is not 12
+
+    return (spaceless(answer) == spaceless(gold)
             or _same_number(split_number(answer), split_number(gold), record.precision))
 
 
@@ -236,6 +239,7 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
 # What sympy would compute for minutes: towers of powers, huge powers and factorials, deep nesting.
 ENDLESS = re.compile(r"\^[\s{(]*-?\d{4,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}")
 LATEX = [(re.compile(pattern), latex) for pattern, latex in (  # unicode and plain spellings that math-verify misreads
+    (r"^\$([^$]*)\$\s*(?=[mcdk]m\b)", r"\1 "),  # $9$ cm
     (r"[−–]", "-"), (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
     (r"√\s*(?=\{)", r"\\sqrt"), ("×", r"\\times "), ("[·⋅]", r"\\cdot "), ("÷", "/"), (r"\*\*", "^"), ("²", "^{2}"),
     ("³", "^{3}"), (">=|≥", r"\\geq "), ("<=|≤", r"\\leq "), ("!=|≠", r"\\neq "), ("∞", r"\\infty "), ("π", r"\\pi "),

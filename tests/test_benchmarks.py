@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
 import eval
@@ -28,6 +29,7 @@ from eval import (
     prepare,
     read_benchmark,
     read_responses,
+    read_runs,
     samplings,
     scores_of,
 )
@@ -215,9 +217,16 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
     for row, message in (({"id": "9", "response": "x"}, "line 2: mathvista has no problem '9'"),
                          ({"id": "1"}, "line 2: it has no 'response'"),
                          ({"id": "1", "response": 3}, "line 2: its response is no text"),
+                         ({"id": "1", "response": "3", "tokens": "12"}, "line 2: its tokens are '12'"),
+                         ("text", "line 2: "),
                          ({"id": "2", "response": ["a", "b"]}, "mathvista-1: 1 responses, others have 2")):
         with pytest.raises(ValueError, match=message):
             read_responses(lines(tmp_path / "b.jsonl", {"id": "1", "response": "3"}, row), "mathvista", rows)
+    ours = [{"id": "1", "response": "3", "benchmark": "mathvista", "prompt": "none", "sampling": kind}
+            for kind in ("greedy", "T=1")]
+    assert read_responses(lines(tmp_path / "c.jsonl", ours[0]), "mathvista", rows)
+    with pytest.raises(ValueError, match="of mathvista none T=1, mathvista none greedy; leave the lines of one"):
+        read_responses(lines(tmp_path / "c.jsonl", *ours), "mathvista", rows)
 
 
 @pytest.fixture
@@ -248,6 +257,23 @@ def test_scoring_leaves_all_files_and_is_refused_for_other_data(command, tmp_pat
         command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", out, "--limit", 2)
 
 
+def test_answers_are_scored_without_the_pictures_and_scored_again(command, tmp_path, capsys):
+    """A copy of the questions and golds is all that scoring needs; the page, written last, opened every picture.
+
+    What an evaluation left can be scored anew, also where some published rows have no usable gold.
+    """
+    rows = [mathvision_row(1), mathvision_row(2, answer=None), mathvision_row(3, options=list("ABCDE"), answer="B")]
+    copy = lines(tmp_path / "test.jsonl", *({k: v for k, v in row.items() if k != "decoded_image"} for row in rows))
+    first = lines(tmp_path / "a.jsonl", {"id": "1", "response": "<answer>1</answer>"}, {"id": "3", "response": "B"})
+    for name, path in (("once", first), ("again", tmp_path / "once" / "responses.jsonl")):
+        command("--benchmark", f"mathvision={copy}", "--responses", path, "--prompt", " none", "--out", tmp_path / name)
+        assert "| mathvision | none   | given    | 3        | 33.3 [0.0, 100.0]" in capsys.readouterr().out
+        [scores] = json.loads((tmp_path / name / "scores.json").read_text())["scores"]
+        assert list(scores["why_unusable"]) == ["mathvision-2"] and scores["unreadable"] == .5
+        page = (tmp_path / name / "responses.html").read_text()
+        assert "cannot use its picture" in page and "None tokens" not in page
+
+
 def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path, vista):
     from conftest import TOY
 
@@ -262,11 +288,13 @@ def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path
     refused("there are none, think, observe", "--prompt", "cot")
     refused("are both called toy", "--benchmark", "toy,toy", "--limit", 2)
     refused("each style only once", "--prompt", "none,none", "--limit", 2)
+    refused("each style only once", "--prompt", ",", "--limit", 2)
+    refused("give a --benchmark", "--benchmark", ",")
     refused("all samples would be the same", "--temperature", 0, "--samples", 4, "--limit", 2)
     (tmp_path / "cut").mkdir()
     cut = hub_file(tmp_path / "cut", "testmini-x", [mathvista_row(1), mathvista_row(
         2, decoded_image={"bytes": b"no picture", "path": "x"}), mathvista_row(3, answer=None)])
-    refused("mathvista: 1 of 3 problems cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
+    refused("mathvista: 1 of 3 records cannot be used:\n.*mathvista-2.*\nmend", "--benchmark", f"mathvista={cut}")
     rows, order, [job] = command("--model", TOY / "model", "--out", tmp_path / "out", "--skip-bad", "--benchmark",
                                  f"mathvista={cut}", call=lambda: prepare(eval.parse_args()))
     assert order == {"mathvista": [0]} and len(rows["mathvista"]) == 3 and job.sampling == "greedy"
@@ -277,11 +305,10 @@ def test_greedy_and_sampled(command):
         args = command("--model", "m", *arguments, call=eval.parse_args)
         return {name: samplings(name, args) for name in ("toy", "mmmu")}
 
-    greedy, four = ("greedy", 0.0, 1), ("T=1", 1.0, 4)
-    assert asked() == {"toy": [greedy, four], "mmmu": [greedy]}
-    assert asked("--both")["mmmu"] == [greedy, four]
+    greedy = ("greedy", 0.0, 1)
+    assert asked() == {"toy": [greedy, ("T=1", 1.0, 4)], "mmmu": [greedy]}
     assert asked("--samples", 8)["toy"] == [("T=1", 1.0, 8)] and asked("--temperature", 0)["toy"] == [greedy]
-    assert asked("--temperature", .6, "--both")["mmmu"] == [greedy, ("T=0.6", .6, 4)]
+    assert asked("--temperature", .6, "--samples", 4)["mmmu"] == [("T=0.6", .6, 4)]
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -331,11 +358,43 @@ def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
         compare([str(tmp_path)])
 
 
+def evaluation(folder: Path, benchmarks: str, trained: dict | None = None) -> Path:
+    """The part that compare reads of what eval.py leaves."""
+    folder.mkdir()
+    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
+               "drawn_with": {"1": "one", "2": "one"}} for name in benchmarks]
+    (folder / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
+        "trained": trained, "model": "m", "responses": None, "seed": 0}}))
+    return folder
+
+
+def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_training(tmp_path, capsys):
+    runs = [evaluation(tmp_path / "base", "a")] + [
+        evaluation(tmp_path / f"{sigma}{seed}", "a", {"sigma": sigma, "lr": 1e-6, "seed": seed, "model": "m"})
+        for sigma in (0, 1) for seed in (0, 1)]
+    compare([*map(str, runs), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "| model m, trained with sigma - " in printed and "trained with sigma 1 | 2 " in printed
+    assert "trained with lr" not in printed
+
+
+def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
+    """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
+    folder = evaluation(tmp_path / "a", "abcdefgh")
+    [run] = read_runs(folder)
+    assert run.problems["a, greedy"] == {"1": ("one", 1.0), "2": ("one", 0.0), "3": ("3", 0.0)}
+    compare([str(folder), "--out", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out/compare.png") as image:
+        assert image.width < 2000 and image.height < 2000
+
+
 def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
-    for name, answers in (("a", "3333"), ("b", "3344")):
+    for name, answers, copy in (("a", "3333", vista), ("b", "3344", f"{vista}/.")):
         path = lines(tmp_path / f"{name}.jsonl", *({"id": i, "response": f"<answer>{a}</answer>"}
                                                    for i, a in enumerate(answers, 1)))
-        command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", tmp_path / name)
+        command("--benchmark", f"mathvista={copy}", "--responses", path, "--out", tmp_path / name)
+    capsys.readouterr()
     compare([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
+    assert "| benchmark" not in printed, "where a copy lies is no setting: its data tell what was asked"
     assert "mathvista, given, %" in printed and "-50.0 [-100.0, +0.0] | 4" in printed

@@ -156,10 +156,19 @@ JUDGED = [
     (gold("a red car", FOUR), "C", RIGHT),  # MathVista: the gold is the option's text
     (gold("C", FOUR), "A red car", RIGHT),  # the text of option C, not the letter A
     (gold("B", FIVE), "B. 12", RIGHT),
+    (gold("B"), "B**", RIGHT),  # of **Answer: B**
+    (gold("B"), "{B}", RIGHT),
+    (gold("B"), "# B;", RIGHT),
     (gold("blue"), "The Blue", RIGHT),
     (gold("[2013, 2014]"), "2013 and 2014", RIGHT),
     (gold(r"9\pi"), "9π", RIGHT),
     (gold("Area $=9 \\pi \\mathrm{cm}^{2}$"), "9π cm^2", RIGHT),
+    (gold("Area $=9 \\pi \\mathrm{cm}^{2}$"), r"$9\pi$ cm^2", RIGHT),
+    (gold("Area $=9 \\pi \\mathrm{cm}^{2}$"), r"$9\pi$ or $8\pi$ cm^2", WRONG),
+    (gold(r"S 23.5 ^\circ W"), "S 23.5° W", RIGHT),  # MathVerse
+    (gold(r"S 23.5 ^\circ W"), "$S23.5^\\circ W$", RIGHT),
+    (gold(r"S 23.5 ^\circ W"), "N 23.5° W", WRONG),
+    (gold("room 1 2"), "room 12", WRONG),
     (gold("x^2+1"), "$1 + x^2$", RIGHT),
     (gold("x=2"), "2", RIGHT),
     (gold(r"2\sqrt{3}"), r"x = \sqrt{12}", RIGHT),
