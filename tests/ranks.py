@@ -31,10 +31,9 @@ BASE = dict(model=str(TOY / "model"), prompts_per_rollout=6, group_size=4, micro
             max_response_tokens=40, grad_clip=0.5)
 # Of six groups, rank 0 of two has 0, 2, 4 and rank 1 has 1, 3, 5; an update is two groups.
 SCENARIOS: dict[str, dict] = {
-    "token": {}, "sequence": dict(aggregation="sequence"), "constant": dict(aggregation="constant"),
+    "token": {}, "sequence": dict(aggregation="sequence", freeze_vision=True, mask_truncated=True),
     # With a sharded reference; groups without signal are forwarded too.
-    "kl": dict(kl_coef=0.1, gradient_checkpointing=True),
-    "frozen": dict(freeze_vision=True, mask_truncated=True),
+    "constant": dict(aggregation="constant", kl_coef=0.1),
     "text": dict(count_no_signal=True),  # without any picture
     "one": {},  # a single group: one rank has nothing at all
     "silent": {},  # no signal on any rank
