@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -591,6 +592,15 @@ class Run:
     settings: dict  # without the seed
     problems: dict[str, dict[str, tuple[str, float]]]  # column of the table -> id -> (what is drawn together, accuracy)
     before: dict[str, dict[str, tuple[str, float]]] = field(default_factory=dict)  # the same, before training
+    beside: dict[str, float] = field(default_factory=dict)  # what else stands in the tables, by column
+
+
+def _beside(summary: dict, sampling: str) -> dict[str, float]:
+    """Of a summary: what its responses were like, and accuracy by difficulty level."""
+    shares = {f"{name}, {sampling}, %": summary[name] for name in ("observation", "format")} | {
+        f"{level}, {sampling}, %": scores["accuracy"] for level, scores in summary["levels"].items()}
+    return {name: 100 * value for name, value in shares.items() if value is not None} | {
+        f"tokens, {sampling}": summary["length"]}
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -609,7 +619,12 @@ def read_runs(folder: Path) -> list[Run]:
                     for name, kind in (("greedy", "greedy"), ("T=1", "sampled"))}
 
         settings = {key: value for key, value in config.items() if key not in UNEQUAL or key == "model"}
-        return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]))]
+        with open(folder / "metrics.jsonl") as lines:
+            steps = [line for line in map(json.loads, lines) if "reward" in line]
+        seconds = sum(s["seconds_rollout"] + s["seconds_reward"] + s["seconds_update"] for s in steps)
+        beside = _beside(scores["after"]["sampled"], "T=1") | {
+            "groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes of training": seconds / 60}
+        return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]), beside)]
     asked = scores["settings"]
     trained = asked["trained"] or {}
     settings = {key: value for key, value in asked.items() if key not in UNEQUAL} | {
@@ -620,7 +635,9 @@ def read_runs(folder: Path) -> list[Run]:
         runs.setdefault(s["prompt"], {})[f"{s['benchmark']}, {s['sampling']}"] = {
             key: (s["drawn_with"].get(key, key), accuracy) for key, accuracy in s["by_problem"].items()}
     seed = f"{trained.get('seed', '')}/{asked['seed']}"
-    return [Run(folder, seed, settings | {"prompt": prompt}, problems) for prompt, problems in runs.items()]
+    beside = {s["prompt"]: _beside(s, s["sampling"]) for s in scores["scores"]}
+    return [Run(folder, seed, settings | {"prompt": prompt}, problems, beside=beside[prompt])
+            for prompt, problems in runs.items()]
 
 
 def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int = 0):
@@ -667,9 +684,15 @@ def compare(argv: list[str]) -> None:
     differ = [key for key in keys  # a model that was never trained does not differ in all settings of training
               if len({json.dumps(group[0].settings[key]) for group in shown if key in group[0].settings}) > 1]
     short = [key for key in differ if not key.startswith("data ")]
-    names = [", ".join(f"{key} {_short(group[0].settings.get(key))}" for key in short) if 0 < len(short) < 4 else
-             group[0].folder.name + (f", prompt {group[0].settings.get('prompt')}" if "prompt" in short else "")
-             for group in shown]
+
+    def name_of(group: list[Run]) -> str:
+        settings = group[0].settings
+        if 0 < len(short) < 4:
+            return ", ".join(f"{key} {_short(settings.get(key))}" for key in short)
+        style = f", prompt {settings.get('prompt')}" if "prompt" in short else ""
+        return re.sub(r"-seed\d+$", "", group[0].folder.name) + style
+
+    names = [name_of(group) for group in shown]
     columns = list(dict.fromkeys(column for group in shown for run in group for column in run.problems))
     trained = any(run.before for group in shown for run in group)
 
@@ -693,6 +716,13 @@ def compare(argv: list[str]) -> None:
                 row += [cell(against, "+"), str(against[2]) if against else "-"]
     text = [markdown(header, table), "", "Accuracy in %, with 95% intervals: bootstrap over problems and, where a "
             "setting has several, over seeds (too narrow with two or three). Differences are paired by problem."]
+    for kind, by_level in (("setting", False), ("accuracy by difficulty", True)):
+        more = list(dict.fromkeys(name for group in shown for run in group for name in run.beside
+                                  if name[0].isdigit() == by_level))
+        rows = [[name, *(_over_seeds([run.beside[key] for run in group if key in run.beside]) for key in more)]
+                for name, group in zip(names, shown)]
+        text += ["", markdown([kind, *more], rows)] if more else []
+    text += ["", "Means over seeds, with their standard error."] if any(len(group) > 1 for group in shown) else []
     if differ:
         text += ["", markdown(["differs", *names], [[key, *(_short(g[0].settings.get(key)) for g in shown)]
                                                     for key in differ])]
@@ -714,6 +744,11 @@ def compare(argv: list[str]) -> None:
         axis.set_visible(False)
     figure.savefig(args.out / "compare.png", dpi=110)
     print(*text, "", f"-> {args.out}", sep="\n")
+
+
+def _over_seeds(values: list[float]) -> str:
+    error = f" ± {np.std(values, ddof=1) / len(values) ** .5:.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{error}" if values else "-"
 
 
 def _short(value) -> str:
