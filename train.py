@@ -84,6 +84,7 @@ from eval import (
     evaluate,
     place,
     plot_curves,
+    plot_strip,
     summarize,
     together,
     write_json,
@@ -930,6 +931,7 @@ def main(args: list[str] | None = None) -> None:
     def draw() -> None:
         if chief:
             plot_curves(logs["metrics.jsonl"], run / "curves.png")
+            plot_strip(logs["metrics.jsonl"], {r.id: r for r in test}, run / "strip.png")
             write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
 
     def held_out() -> None:
@@ -947,8 +949,12 @@ def main(args: list[str] | None = None) -> None:
                 max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
             if share is None:
                 return
-            scores[name] = summarize([Result(record, s) for record, s in zip(records, everyones(share), strict=True)])
-        log("metrics.jsonl", {"step": step, "eval": scores})
+            results = [Result(record, s) for record, s in zip(records, everyones(share), strict=True)]
+            scores[name] = summarize(results)
+            if name == "greedy":
+                shown = [{"id": r.record.id, "text": r.samples[0].text, "right": r.samples[0].correct}
+                         for r in results[:40]]
+        log("metrics.jsonl", {"step": step, "eval": scores, "shown": shown})
         prune()
 
     stop = Stop()
