@@ -482,7 +482,7 @@ def load_models(cfg: Config, source: str, device: torch.device) -> tuple:
     if sharded or device.type == "cuda":
         sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=device.type == "cuda" and not cfg.offload)
     return model, reference, sampler, optimizer
 
 
@@ -506,8 +506,8 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
     """GB (1e9 bytes) of a GPU's memory that a run takes at its limits, every prompt and response as long as it may be.
 
     config: the model's. Counted from its real shapes on the meta device; activations by what a layer keeps for its
-    backward pass (README, "Memory"). "peak" is the largest of three moments that do not meet: sampling, forward and
-    backward, and the optimizer's step.
+    backward pass (README, "Memory"). "peak" is the larger of two moments that do not meet: sampling, and forward and
+    backward (the fused AdamW's step takes nothing more).
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -541,8 +541,7 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
     held = gb["weights"] + gb["moments"] + gb["replica"] + gb["reference"]
     gb["peak"] = held + max(
         gb["cache"] + 34 * cfg.rollout_rows * text.vocab_size,  # logits, and their sum in float64 to draw from
-        gb["gradients"] + gb["compute copies"] + gb["activations"],
-        gb["gradients"] + 4 * kept)  # AdamW's temporary
+        gb["gradients"] + gb["compute copies"] + gb["activations"])
     return {name: value / 1e9 for name, value in gb.items()}
 
 
