@@ -98,14 +98,15 @@ def forced(lengths: dict[str, list[int]], stops: list[int]):
 class Bench:
     """A model, a batch of problems, response lengths; and every way to sample, to score and to take a step."""
 
-    def __init__(self, size: str, group: int = 8, visual: int | None = None, mean: int | None = None, seed: int = 0):
+    def __init__(self, size: str, group: int = 8, visual: int | None = None, mean: int | None = None,
+                 prompts: int | None = None, seed: int = 0):
         setting = SIZES[size]
         self.device, self.group = rollout.best_device(), group
         visual, mean = visual or setting["visual"], mean or setting["mean"]
         rng = np.random.default_rng(seed)
         height = next(h for h in range(int(visual**.5), 0, -1) if visual % h == 0)
         pixels = [rng.integers(0, 256, (28 * height, 28 * visual // height, 3), np.uint8)
-                  for _ in range(setting["prompts"])]
+                  for _ in range(prompts or setting["prompts"])]
         self.records = [Record(f"bench-{i}", "What is the sum of all the digits?", "1", (Image.fromarray(p),))
                         for i, p in enumerate(pixels)]
         self.processor = Processor(TOY, max_pixels=visual * 28 * 28)
@@ -384,13 +385,13 @@ def decode_nothing(bench: Bench) -> None:
 
 
 def growth(size: str, repeats: int) -> None:
-    """Rollout by group size and picture size, update by response length, each beside the plain way."""
+    """Rollout by group size and picture size, update by response length, each beside the plain way; 2 prompts."""
     base = SIZES[size]
 
     def table(title: str, values: list[int], part: str, **options) -> None:
         print(f"\n| {title} | {part}, ours, s | plain, s | plain / ours |\n|---|---|---|---|")
         for value in values:
-            bench = Bench(size, **{options["vary"]: value})
+            bench = Bench(size, prompts=2, **{options["vary"]: value})
             groups = bench.ours_rollout()
             works = {"rollout": (bench.ours_rollout, bench.plain_rollout),
                      "update": (lambda: bench.ours_score(groups), lambda: bench.plain_score(groups))}[part]  # noqa: B023
