@@ -130,7 +130,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
         self.cfg = Config(group_size=group, prompts_per_rollout=len(self.records), updates_per_rollout=1,
                           max_response_tokens=self.max_tokens,
-                          micro_tokens=16384 if self.device.type == "cuda" else 8192)
+                          micro_tokens=16384 if self.device.type == "cuda" else 4096)
 
     def build(self, setting: dict, attention, dtype: torch.dtype):
         processor, text = self.processor, dict(setting["text"])
@@ -146,6 +146,12 @@ class Bench:
     @property
     def flat(self) -> list[int]:
         return [n for group in self.lengths for n in group]
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows of a padded micro-batch within the budget of tokens; a power of two, which divides the batch."""
+        longest = max(len(p.ids) for p in self.prompts) + max(self.flat)
+        return 1 << (max(1, self.cfg.micro_tokens // longest).bit_length() - 1)
 
     def ours_rollout(self) -> list[rollout.Group]:
         with forced({r.id: n for r, n in zip(self.records, self.lengths)}, self.stops):
@@ -181,7 +187,7 @@ class Bench:
         """The same loss on padded rows, as many at a time as the budget of tokens holds."""
         rows = [(g.prompt, r) for g in groups for r in g.responses]
         rows.sort(key=lambda row: len(row[0].ids) + len(row[1]), reverse=True)
-        many = max(1, self.cfg.micro_tokens // (len(rows[0][0].ids) + len(rows[0][1])))
+        many = self.padded_rows
         self.model.train()
         for i in range(0, len(rows), many):
             prompts, responses = zip(*rows[i:i + many])
@@ -236,8 +242,8 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             folder, num_generations=bench.group, max_steps=steps,
-            per_device_train_batch_size=8 if gpu else len(bench.flat),  # on a GPU in micro-batches, as ours is
-            gradient_accumulation_steps=len(bench.flat) // 8 if gpu else 1,
+            per_device_train_batch_size=min(bench.padded_rows, len(bench.flat)),  # micro-batches, as ours has
+            gradient_accumulation_steps=max(1, len(bench.flat) // bench.padded_rows),
             max_completion_length=bench.max_tokens, learning_rate=1e-6, beta=0.0, temperature=1.0, top_p=1.0, top_k=0,
             shuffle_dataset=False, save_strategy="no", logging_strategy="no", report_to="none", bf16=gpu,
             gradient_checkpointing=gpu, use_cpu=not gpu, disable_tqdm=True, log_completions=False)
