@@ -1014,7 +1014,7 @@ def main(args: list[str] | None = None) -> None:
         if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
             save()
         held_out()
-        if curriculum.position == saved:
+        if curriculum.position == saved < len(curriculum):
             draw()
         if stop.asked_of_any():
             break
