@@ -7,6 +7,7 @@
     before_after   the table that closes a run
     compare        runs side by side, by setting over seeds, paired by problem
     plot_curves    metrics.jsonl -> curves.png
+    plot_strip     one held-out problem's responses before, midway and last -> strip.png
     write_page     groups of responses -> one HTML file to look through, pictures inside
 
     torchrun eval.py --model CHECKPOINT --benchmark toy,mathvista,mathverse=PATH --prompt none,think,observe
@@ -40,6 +41,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -507,6 +509,35 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
         axis.set(title=title, xlabel="rollout (a line at each stage's end)")
     if axes.flat[0].get_legend_handles_labels()[0]:
         axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def plot_strip(metrics: list[dict], records: dict[str, Record], path: Path) -> None:
+    """Lines of metrics.jsonl -> a PNG: one held-out problem, and its greedy response before, midway and last.
+
+    The first problem of those logged that is wrong at first and right at last; where there is none, the first.
+    """
+    tests = [m for m in metrics if m.get("shown")]
+    if len(tests) < 2:
+        return
+    said = [{line["id"]: line for line in m["shown"]} for m in tests]
+    known = [key for key in said[0] if key in said[-1]]
+    turned = [key for key in known if said[-1][key]["right"] and not said[0][key]["right"]]
+    record = records[(turned or known)[0]]
+    chosen = [0, len(tests) // 2, -1] if len(tests) > 2 else [0, -1]
+    figure = Figure(figsize=(4 + 4 * len(chosen), 4.4), layout="constrained")
+    axes = figure.subplots(1, 1 + len(chosen))
+    if record.images:
+        axes[0].imshow(open_image(record.images[0], record.id))
+    axes[0].set_title(textwrap.fill(record.text.replace("$", r"\$"), 36), fontsize=10)
+    for axis, i in zip(axes[1:], chosen):
+        line = said[i][record.id]
+        text = "\n".join(textwrap.fill(part, 42) for part in line["text"].replace("$", r"\$").splitlines())
+        axis.text(0, 1, text, va="top", family="monospace", fontsize=9, transform=axis.transAxes)
+        axis.set_title(f"after {tests[i]['step']} rollouts: {'right' if line['right'] else 'wrong'}", fontsize=11,
+                       color="#2a9d4a" if line["right"] else "#d04040")
+    for axis in axes:
+        axis.axis("off")
     figure.savefig(path, dpi=110)
 
 

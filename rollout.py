@@ -176,15 +176,15 @@ def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class Slots:
     """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is."""
 
-    def __init__(self, layers: list, padding: torch.Tensor, repeats: int):
+    def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype):
         """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
-        of each prompt; repeats: rows for each prompt."""
+        of each prompt; repeats: rows for each prompt; dtype: of the computation (the cache may hold another)."""
         self.keys, self.values = [], []
         for layer in layers:
             for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
                 places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
                 places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
-                mine.append(theirs.to(layer.values.dtype).gather(2, places).repeat_interleave(repeats, 0))
+                mine.append(theirs.to(dtype).gather(2, places).repeat_interleave(repeats, 0))
             layer.keys = layer.values = None
         self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
 
@@ -218,12 +218,14 @@ class Slots:
 def capture(step: Callable) -> Callable:
     """One decode step as a CUDA graph: one launch where Python would make a thousand. The step itself, where that
     fails, which is said."""
+    stream = torch.cuda.current_stream()
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
         return graph.replay
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # (a failed capture may leave its own in force)
         warnings.warn(f"decoding step by step, slowly: the CUDA graph failed: {error}", stacklevel=2)
         return step
 
@@ -247,7 +249,8 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     output = model._prefill(input_ids, generation_config, inputs)
     cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
     padding = (mask == 0).sum(1) if mask is not None else torch.zeros(len(input_ids), dtype=torch.long, device=device)
-    slots, logits = Slots(cache.layers, padding, repeats), output.logits[:, -1].repeat_interleave(repeats, 0)
+    slots = Slots(cache.layers, padding, repeats, output.logits.dtype)
+    logits = output.logits[:, -1].repeat_interleave(repeats, 0)
     del output, cache
 
     rows = torch.arange(len(logits), device=device)  # [n] those still in the batch, by their place in the result
@@ -266,11 +269,11 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
         t.add_(1)
         slots.lengths.add_(1)
 
-    run, chunk = step, CHECK if graph is None else 16 * CHECK  # a captured step is captured anew for each size
+    run, warm, chunk = None, False, CHECK if graph is None else 16 * CHECK  # (every size is captured anew)
     for start in range(0, steps, CHECK):
         if start % chunk == 0:
-            slots.grow(chunk)
-            run = None
+            slots.grow(min(chunk, -(-(steps - start) // CHECK) * CHECK))
+            run, warm = None, False
         ended = torch.isin(tokens[rows, :start], stops).any(1) if start else torch.zeros_like(rows, dtype=torch.bool)
         left = int((~ended).sum())
         if not left:
@@ -280,12 +283,14 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
         if count < len(rows):
             kept = ended.int().argsort(stable=True)[:count]
             slots.select(kept)
-            rows, position, logits, run = rows[kept], position[kept], logits[kept], None
+            rows, position, logits = rows[kept], position[kept], logits[kept]
+            run, warm = None, False
         for _ in range(min(CHECK, steps - start)):
-            if run is None:
-                step()  # itself the first time: what is captured must have run before
-                run = step if graph is None else graph(step)
+            if graph is None or not warm:  # what is captured must have run before
+                step()
+                warm = True
             else:
+                run = run or graph(step)
                 run()
     return tokens, logprobs
 
@@ -315,7 +320,6 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
                 loop = partial(decode, repeats=samples, uniform=torch.from_numpy(uniform).to(model.device),
                                graph=capture if model.device.type == "cuda" else None)
                 inputs = processor.collate([prompts[i] for i in chosen])
-                model.model.rope_deltas = None  # positions of an earlier call must not leak into this one
                 tokens, logprobs = model.generate(**{k: v.to(model.device) for k, v in inputs.items()},
                                                   generation_config=config, custom_generate=loop)
                 tokens, logprobs = tokens.tolist(), logprobs.cpu()  # [N, T]
@@ -329,7 +333,7 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
                         group.texts.append(processor.decode(tokens[n][:end]))
     finally:
         model.generation_config = inherited
-        model.model.rope_deltas = None
+        model.model.rope_deltas = None  # the prompts' positions, left there, would leak into another forward
         model.train(was_training)
     return groups
 
@@ -447,7 +451,6 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
         return tuple(torch.cat(part) for part in zip(*parts))
 
     with autocast(model):
-        model.model.rope_deltas = None
         logp, entropy = model.inside(forward) if hasattr(model, "inside") else forward()  # (inside: train.shard)
     lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [N, T]

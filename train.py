@@ -84,6 +84,7 @@ from eval import (
     evaluate,
     place,
     plot_curves,
+    plot_strip,
     summarize,
     together,
     write_json,
@@ -481,7 +482,7 @@ def load_models(cfg: Config, source: str, device: torch.device) -> tuple:
     if sharded or device.type == "cuda":
         sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
+                                  weight_decay=0.0, fused=device.type == "cuda" and not cfg.offload)
     return model, reference, sampler, optimizer
 
 
@@ -505,8 +506,8 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
     """GB (1e9 bytes) of a GPU's memory that a run takes at its limits, every prompt and response as long as it may be.
 
     config: the model's. Counted from its real shapes on the meta device; activations by what a layer keeps for its
-    backward pass (README, "Memory"). "peak" is the largest of three moments that do not meet: sampling, forward and
-    backward, and the optimizer's step.
+    backward pass (README, "Memory"). "peak" is the larger of two moments that do not meet: sampling, and forward and
+    backward (the fused AdamW's step takes nothing more).
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -540,8 +541,7 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
     held = gb["weights"] + gb["moments"] + gb["replica"] + gb["reference"]
     gb["peak"] = held + max(
         gb["cache"] + 34 * cfg.rollout_rows * text.vocab_size,  # logits, and their sum in float64 to draw from
-        gb["gradients"] + gb["compute copies"] + gb["activations"],
-        gb["gradients"] + 4 * kept)  # AdamW's temporary
+        gb["gradients"] + gb["compute copies"] + gb["activations"])
     return {name: value / 1e9 for name, value in gb.items()}
 
 
@@ -930,6 +930,7 @@ def main(args: list[str] | None = None) -> None:
     def draw() -> None:
         if chief:
             plot_curves(logs["metrics.jsonl"], run / "curves.png")
+            plot_strip(logs["metrics.jsonl"], {r.id: r for r in test}, run / "strip.png")
             write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
 
     def held_out() -> None:
@@ -947,8 +948,12 @@ def main(args: list[str] | None = None) -> None:
                 max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
             if share is None:
                 return
-            scores[name] = summarize([Result(record, s) for record, s in zip(records, everyones(share), strict=True)])
-        log("metrics.jsonl", {"step": step, "eval": scores})
+            results = [Result(record, s) for record, s in zip(records, everyones(share), strict=True)]
+            scores[name] = summarize(results)
+            if name == "greedy":
+                shown = [{"id": r.record.id, "text": r.samples[0].text, "right": r.samples[0].correct}
+                         for r in results[:40]]
+        log("metrics.jsonl", {"step": step, "eval": scores, "shown": shown})
         prune()
 
     stop = Stop()

@@ -4,15 +4,18 @@
 
 One change a row, the same 1,899 problems and 8 responses to each, the same 1,000 held-out problems of handwriting
 never seen in training (made here, for the 300 of the built-in world are too few to tell rows apart). It may be stopped
-and started again: a finished run is not done again, a begun one goes on. The runs lie in out/ablations; compare.md and
-compare.png in assets/ablations.
+and started again: a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations; what the
+table is made of is kept in assets/ablations, with compare.md and compare.png, which `eval.py compare` makes of it.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-ROOT, OUT, MODEL = Path(__file__).resolve().parent.parent, Path("out/ablations"), "assets/toy/model"
+ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
+MODEL = "assets/toy/model"
 TEST = OUT / "held-out/measured.parquet"
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -37,8 +41,8 @@ ROWS = {  # name -> what differs from the full method
 }
 
 
-def folder(row: str, seed: int) -> Path:
-    return OUT / f"{''.join(c if c.isalnum() else '-' for c in row).strip('-')}-seed{seed}"
+def name_of(row: str, seed: int) -> str:
+    return f"{re.sub('[^A-Za-z0-9]+', '-', row).strip('-')}-seed{seed}"
 
 
 def make_held_out(count: int) -> None:
@@ -62,15 +66,28 @@ def run(*command, log: Path | None = None, threads: int | None = None) -> int:
 
 
 def train(row: str, seed: int, threads: int) -> None:
-    out = folder(row, seed)
-    if (out / "scores.json").exists():
+    name = name_of(row, seed)
+    if (KEPT / name / "scores.json").exists():
         return
-    resume = ["--resume"] if (out / "config.json").exists() else []
-    print(f"{row}, seed {seed}{', resumed' if resume else ''}", flush=True)
-    code = run("train.py", *shlex.split(ROWS[row]), "--seed", seed, "--test", TEST, "--eval-limit", 100,
-               "--save-every", 20, "--out", out, *resume, log=OUT / f"{out.name}.log", threads=threads)
-    if code:
-        sys.exit(f"{row}, seed {seed} failed: see {OUT / out.name}.log")
+    resume = ["--resume"] if (OUT / name / "config.json").exists() else []
+    if not (OUT / name / "scores.json").exists():
+        print(f"{row}, seed {seed}{', resumed' if resume else ''}", flush=True)
+        code = run("train.py", *shlex.split(ROWS[row]), "--seed", seed, "--test", TEST, "--eval-limit", 100,
+                   "--save-every", 20, "--out", OUT / name, *resume, log=OUT / f"{name}.log", threads=threads)
+        if code:
+            sys.exit(f"{row}, seed {seed} failed: see {OUT / name}.log")
+    keep(OUT / name)
+
+
+def keep(folder: Path) -> None:
+    """What compare reads of a run, without the long lines; the scores last, for they say that all is there."""
+    kept = KEPT / folder.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "environment.json"):
+        shutil.copy(folder / file, kept)
+    steps = [line for line in (folder / "metrics.jsonl").read_text().splitlines(True) if '"eval"' not in line]
+    (kept / "metrics.jsonl").write_text("".join(steps))
+    (kept / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
 def main() -> None:
@@ -87,10 +104,16 @@ def main() -> None:
         for done in [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]:
             done.result()
     # Sharpening by itself: the starting model, from its own temperature down to greedy.
-    for temperature in (0, 0.3, 0.6, 1):
+    starts = [OUT / f"start-T{temperature}" for temperature in (1, 0.6, 0.3, 0)]
+    for out in starts:
+        temperature = out.name.removeprefix("start-T")
         run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
-            "--temperature", temperature, *(["--samples", 4] if temperature else []), "--out",
-            OUT / f"start-T{temperature}", log=OUT / "start.log")
+            "--temperature", temperature, *(["--samples", 4] if temperature != "0" else []), "--out", out,
+            log=OUT / "start.log")
+    runs = [KEPT / name_of(row, seed) for row in ROWS for seed in range(args.seeds)]
+    for what, out in ((runs, KEPT), (starts, KEPT / "start")):
+        run("eval.py", "compare", *what, "--out", out, log=OUT / "compare.log")
+        print((out / "compare.md").read_text())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Checks 1-8 and 14 of the field's known faults, on the shipped model and on tiny 
 """
 from __future__ import annotations
 
+import inspect
 import io
 from dataclasses import replace
 
@@ -133,16 +134,48 @@ def test_the_sampler_equals_transformers_own_loop(shipped, processor, mixed):
 
 
 def test_a_captured_decode_gives_the_same_tokens(shipped, processor, mixed, monkeypatch):
-    """Static sizes, rows that ended kept until half are gone, cache in larger pieces: all but the capture itself, which
-    needs a GPU, runs here."""
-    options = {"samples": 5, "max_tokens": 300}
-    want, captured = sample(shipped, processor, mixed, **options), []
-    monkeypatch.setattr(rollout, "decode", lambda *args, **given: decode(*args, **given | {
-        "graph": lambda step: captured.append(step) or step}))
-    got = sample(shipped, processor, mixed, **options)
+    """All but the capture itself, which needs a GPU, runs here: rows that ended are kept until half are gone, the cache
+    grows in larger pieces. A captured step knows addresses: replayed after one has changed, it writes to freed memory.
+    """
+    def addresses(step) -> list[int]:
+        held = inspect.getclosurevars(step).nonlocals
+        slots, tensors = held["slots"], [value for value in held.values() if isinstance(value, torch.Tensor)]
+        return [tensor.data_ptr() for tensor in (*tensors, slots.lengths, *slots.keys, *slots.values)]
+
+    def captured(step):
+        at, rows = addresses(step), len(inspect.getclosurevars(step).nonlocals["rows"])
+        sizes.append(rows)
+
+        def replay():
+            assert addresses(step) == at
+            step()
+            assert addresses(step) == at
+
+        return replay
+
+    sizes: list[int] = []
+    options = {"samples": 3, "temperature": 8.0, "max_tokens": 300, "seed": 5}
+    want = sample(shipped, processor, mixed[:2], **options)
+    monkeypatch.setattr(rollout, "decode", lambda *args, **given: decode(*args, **given | {"graph": captured}))
+    got = sample(shipped, processor, mixed[:2], **options)
     assert [g.responses for g in got] == [g.responses for g in want]
     torch.testing.assert_close(padded(got), padded(want), atol=1e-5, rtol=0)
-    assert 2 <= len(captured) <= 8, "captured anew only where a size changes"
+    lengths = sorted((len(r) for g in want for r in g.responses), reverse=True)
+    assert lengths[0] > 256 and sizes == captures(lengths, 300), "captured anew only where a size changes"
+
+
+def captures(lengths: list[int], steps: int) -> list[int]:
+    """Rows at each capture: at the start, where the cache grows, and where half of the rows are gone."""
+    found, rows = [], len(lengths)
+    for start in range(0, steps, CHECK):
+        left = sum(n > start for n in lengths)
+        if not left:
+            break
+        kept = min(rows, 1 << (left - 1).bit_length())
+        if start % (16 * CHECK) == 0 or kept < rows:
+            found.append(kept)
+        rows = kept
+    return found
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
@@ -202,6 +235,22 @@ def test_sampled_frequencies_are_the_models(shipped, processor, mixed):
     counts = torch.bincount(torch.tensor([r[0] for r in group.responses]), minlength=len(vocabulary))
     chi2 = ((counts - 400 * p) ** 2 / (400 * p))[p > 0.01].sum().item()
     assert chi2 < 3 * (p > 0.01).sum(), (chi2, int((p > 0.01).sum()))
+
+
+def test_every_position_draws_anew(shipped, processor, mixed):
+    """One uniform for all positions of a response would tie its tokens together."""
+    [group] = sample(shipped, processor, mixed[:1], samples=200, temperature=50.0, max_tokens=2)
+    first, second = np.array([r for r in group.responses if len(r) == 2]).T
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
+
+
+def test_a_response_does_not_depend_on_rows_that_leave(shipped, processor, mixed):
+    """Hot enough that lengths differ: where rows leave, those that stay must keep their own uniforms."""
+    options = {"samples": 3, "temperature": 4.0, "max_tokens": 60}
+    want = sample(shipped, processor, mixed, **options)
+    assert len({-(-len(r) // CHECK) for g in want for r in g.responses}) > 1
+    for record, group in zip(mixed, want):
+        assert sample(shipped, processor, [record], **options)[0].responses == group.responses
 
 
 def test_a_response_does_not_depend_on_its_batch(shipped, processor, mixed):

@@ -160,6 +160,7 @@ def test_rows_and_micro_batches_keep_to_the_budget(rollout):
         assert [r for row in rows for r in row.responses] == [g.responses[i] for g in groups for i in (0, 1, 3)]
         assert [a for row in rows for a in row.advantages] == [0.1, 0.2, 0.4] * len(groups)
         assert all(len(row) <= budget or len(row.responses) == 1 for row in rows)
+        rows[0].responses[0] = rows[0].responses[0] * 4  # unequal rows: padding counts too
         micros = train.micro_batches(rows, budget)
         assert sorted(map(id, sum(micros, []))) == sorted(map(id, rows))
         assert all(len(m) * max(map(len, m)) <= budget or len(m) == 1 for m in micros)
@@ -237,6 +238,13 @@ def test_later_updates_of_a_rollout_use_the_sampling_policys_logprobs(model, pro
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     stats = update(model, None, processor, optimizer, *rollout, [1e-2, 1e-2], config())
     assert stats["updates"] == 2 and abs(stats["ratio"] - 1) > 1e-6 and stats["approx_kl"] > 0
+
+
+def test_old_logprobs_stay_with_their_responses(model, processor, rollout):
+    """Handed to a neighbour of the same row, they make ratios that clip at random in every update but the first."""
+    stats = update(model, None, processor, torch.optim.SGD(model.parameters()), *rollout, [0.0, 0.0],
+                   config(micro_tokens=10**6))
+    assert stats["updates"] == 2 and stats["ratio"] == pytest.approx(1, abs=1e-5) and abs(stats["approx_kl"]) < 1e-8
 
 
 def test_every_weight_moves_at_the_papers_learning_rate(model, processor, rollout):
