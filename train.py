@@ -676,15 +676,15 @@ def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
 
 def load_optimizer(path: Path, model, optimizer) -> None:
     """Put AdamW's moments, saved by save_checkpoint, back: of each this rank's shard, however many there were."""
-    parameters = dict(model.named_parameters())
+    parameters, fused = dict(model.named_parameters()), optimizer.param_groups[0]["fused"]
     for kind in MOMENTS:
         with safe_open(path / "trainer" / f"{kind}.safetensors", "pt") as file:
             for name in file.keys():
                 p, value = parameters[name], file.get_tensor(name)
-                if kind != "step":  # (which stays on the CPU, where AdamW wants it)
+                if kind != "step" or fused:  # (the count of steps is wanted on the CPU, unless AdamW is fused)
                     value = value.to(p.device)
-                    if isinstance(p, DTensor):
-                        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                if kind != "step" and isinstance(p, DTensor):
+                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
                 optimizer.state[p][kind] = value
 
 
@@ -1019,7 +1019,7 @@ def main(args: list[str] | None = None) -> None:
         if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
             save()
         held_out()
-        if curriculum.position == saved:
+        if curriculum.position == saved < len(curriculum):
             draw()
         if stop.asked_of_any():
             break

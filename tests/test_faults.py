@@ -244,9 +244,15 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train"])  # so that each of some thirty processes starts at once
 
 
+def undrawn(options: list[str]) -> None:
+    train.plot_curves = lambda *_: None  # it takes longer than all the rest
+    torch.set_num_threads(1)  # (several, on a busy machine, wait for each other)
+    main(options)
+
+
 def start(options: list[str], run: Path):
     resume = ["--resume"] if (run / "config.json").exists() else []
-    process = context.Process(target=main, args=([*options, "--out", str(run), *resume],))
+    process = context.Process(target=undrawn, args=([*options, "--out", str(run), *resume],))
     process.start()
     return process
 
@@ -288,7 +294,7 @@ def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
         last.join()
         assert last.exitcode == 0
         same_run(run, tmp_path / "whole")
-    print(f"20 kills, {saving} of them in the middle of saving; a run takes {seconds:.1f} s")
+    print(f"\n20 kills, {saving} of them in the middle of saving; a run takes {seconds:.1f} s")
     assert saving >= 5
 
 

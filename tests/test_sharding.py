@@ -217,8 +217,8 @@ def test_memory_by_hand():
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others_within_a_minute(torchrun, small, tmp_path):
-    """As the kernel does when memory runs out."""
+def test_a_rank_that_is_killed_ends_the_others_within_a_minute(torchrun, small, whole_run, tmp_path):
+    """As the kernel does when memory runs out. The run goes on from the last save and is the same."""
     run = tmp_path / "run"
     process = torchrun("train.py", *small, "--out", str(run), "--save-every", "1")
     while process.poll() is None and not checkpoints(run):
@@ -232,3 +232,4 @@ def test_a_rank_that_is_killed_ends_the_others_within_a_minute(torchrun, small, 
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and time.time() - start < 60
     assert damage(checkpoints(run)[-1]) is None
     main([*small, "--out", str(run), "--resume", "--save-every", "1"])
+    close_to(run, whole_run)
