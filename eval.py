@@ -628,10 +628,10 @@ class Run:
 
 def _beside(summary: dict, sampling: str) -> dict[str, float]:
     """Of a summary: what its responses were like, and accuracy by difficulty level."""
-    shares = {f"{name}, {sampling}, %": summary[name] for name in ("observation", "format")} | {
-        f"{level}, {sampling}, %": scores["accuracy"] for level, scores in summary["levels"].items()}
-    return {name: 100 * value for name, value in shares.items() if value is not None} | {
-        f"tokens, {sampling}": summary["length"]}
+    shares = {name: summary.get(name) for name in ("observation", "format")} | {
+        level: scores["accuracy"] for level, scores in summary.get("levels", {}).items()}
+    found = {f"{name}, {sampling}, %": 100 * value for name, value in shares.items() if value is not None}
+    return found | ({f"tokens, {sampling}": summary["length"]} if summary.get("length") is not None else {})
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -650,11 +650,11 @@ def read_runs(folder: Path) -> list[Run]:
                     for name, kind in (("greedy", "greedy"), ("T=1", "sampled"))}
 
         settings = {key: value for key, value in config.items() if key not in UNEQUAL or key == "model"}
-        with open(folder / "metrics.jsonl") as lines:
-            steps = [line for line in map(json.loads, lines) if "reward" in line]
-        seconds = sum(s["seconds_rollout"] + s["seconds_reward"] + s["seconds_update"] for s in steps)
-        beside = _beside(scores["after"]["sampled"], "T=1") | {
-            "groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes of training": seconds / 60}
+        beside = _beside(scores["after"]["sampled"], "T=1")
+        if (file := folder / "metrics.jsonl").exists():
+            steps = [line for line in map(json.loads, file.read_text().splitlines()) if "reward" in line]
+            seconds = sum(s["seconds_rollout"] + s["seconds_reward"] + s["seconds_update"] for s in steps)
+            beside |= {"groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes": seconds / 60}
         return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]), beside)]
     asked = scores["settings"]
     trained = asked["trained"] or {}

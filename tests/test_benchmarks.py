@@ -332,10 +332,14 @@ def trained(folder: Path, sigma: float, seed: int, after: list[int]) -> Path:
                                                     "out": str(folder), "resume": False, "model": "m"}))
 
     def end(right: list[int]) -> dict:
-        return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)}}
+        return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)},
+                "observation": 0.5 + seed / 10, "length": 40, "levels": {"0.125": {"accuracy": 0.25}}}
 
     (folder / "scores.json").write_text(json.dumps({name: {"greedy": end(right), "sampled": end(right)} for name, right
                                                     in (("before", [0, 0, 1, 0]), ("after", after))}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"step": 0, "eval": {}}, *({"step": i, "reward": 1, "signal": i / 4, "seconds_rollout": 30,
+                                    "seconds_reward": 10, "seconds_update": 20} for i in (1, 2)))))
     return folder
 
 
@@ -350,6 +354,9 @@ def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
     assert plain[:2] == ["sigma 0.0", "1"] and plain[2].startswith("50.0 [") and plain[3].startswith("+25.0 [")
     assert weighted[:2] == ["sigma 1.8", "2"] and weighted[2].startswith("87.5 [") and plain[4] == "-"
     assert weighted[4].startswith("+37.5 [") and weighted[5] == "4"
+    assert ["setting", "observation, T=1, %", "tokens, T=1", "groups with signal, %", "minutes"] in table
+    assert ["sigma 1.8", "55.0 ± 5.0", "40.0 ± 0.0", "37.5 ± 0.0", "2.0 ± 0.0"] in table  # of seeds: 50 and 60
+    assert ["accuracy by difficulty", "0.125, T=1, %"] in table and ["sigma 0.0", "25.0"] in table
     assert ["sigma", "0.0", "1.8"] in table and (tmp_path / "out/compare.md").exists()
     assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="b and .*b are of the same settings and seed"):
