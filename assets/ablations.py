@@ -28,16 +28,16 @@ MODEL = "assets/toy/model"
 TEST = OUT / "held-out/measured.parquet"
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
-    "GRPO, random order, think prompt": "--order random --prompt think --bonus 0 --sigma 0",
-    "+ observe prompt": "--order random --bonus 0 --sigma 0",
-    "+ ladder order": "--bonus 0 --sigma 0",
-    "+ bonus": "--sigma 0",
-    "+ difficulty weight = Observe-R1": "",
-    "Observe-R1, think prompt": "--prompt think",
-    "Observe-R1, random order": "--order random",
+    "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
+    "GRPO observe random": "--order random --bonus 0 --sigma 0",
+    "GRPO observe ladder": "--bonus 0 --sigma 0",
+    "GRPO observe ladder bonus": "--sigma 0",
+    "Observe-R1": "",  # + the difficulty weight
+    "Observe-R1 think": "--prompt think",
+    "Observe-R1 random": "--order random",
     "Observe-R1 without bonus": "--bonus 0",
-    "Observe-R1, sorted without mixing": "--order sorted",
-    "Observe-R1, ladder reversed": "--order reverse",
+    "Observe-R1 sorted": "--order sorted",  # without mixing
+    "Observe-R1 reversed": "--order reverse",
 }
 
 
