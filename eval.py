@@ -720,8 +720,8 @@ def compare(argv: list[str]) -> None:
         settings = group[0].settings
         if 0 < len(short) < 4:
             return ", ".join(f"{key} {_short(settings.get(key))}" for key in short)
-        style = f", prompt {settings.get('prompt')}" if "prompt" in short else ""
-        return re.sub(r"-seed\d+$", "", group[0].folder.name) + style
+        alone = sum(other[0].folder == group[0].folder for other in shown) == 1
+        return re.sub(r"-seed\d+$", "", group[0].folder.name) + ("" if alone else f", prompt {settings['prompt']}")
 
     names = [name_of(group) for group in shown]
     columns = list(dict.fromkeys(column for group in shown for run in group for column in run.problems))
