@@ -73,10 +73,12 @@ def best_device() -> torch.device:
 
 
 def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
-                freeze_vision: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
+                freeze_vision: bool = False, gradient_checkpointing: bool = False,
+                computes_on: torch.device | str | None = None) -> PreTrainedModel:
     """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
-    freeze_vision: the vision tower gets no gradient. Raises ValueError when path is no Qwen vision-language model.
+    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. Raises
+    ValueError when path is no Qwen vision-language model.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
@@ -86,7 +88,7 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
         raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
-    flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
+    flash = torch.device(computes_on or device).type == "cuda" and is_flash_attn_2_available()
     attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
                                                         trust_remote_code=False).to(device)
@@ -104,7 +106,8 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 def autocast(model: PreTrainedModel):
     """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
-    masters = device_of(model).type == "cuda" and model.dtype == torch.float32
+    # (a sharded model's blocks compute in bf16 by themselves)
+    masters = device_of(model).type == "cuda" and model.dtype == torch.float32 and not hasattr(model, "inside")
     # (without its cache of cast weights while sampling: a captured step would keep their addresses)
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=model.training) if masters else contextlib.nullcontext()
 

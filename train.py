@@ -42,6 +42,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, HfArgumentParser
 from transformers import logging as hf_logging
@@ -453,7 +454,8 @@ def join_processes(cfg: Config) -> torch.device:
 def shard(model, device: torch.device, offload: bool) -> None:
     """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
     bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
-    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    # (Inputs are not cast: rounded rotary angles would make another policy than the replica's.)
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": init_device_mesh(device.type, (place()[1],)),
                "mp_policy": half if device.type == "cuda" else MixedPrecisionPolicy(),
                "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()}
@@ -469,15 +471,18 @@ def load_models(cfg: Config, source: str, device: torch.device) -> tuple:
     """-> the policy in fp32, in shares where there are several processes; with a KL the model that the run began with,
     to hold the policy near it; a plain replica of the policy to sample with (on one CPU the policy itself); AdamW."""
     sharded, half = place()[1] > 1 or cfg.offload, torch.bfloat16 if device.type == "cuda" else torch.float32
-    home = "cpu" if sharded else device  # (from where shard takes it block by block)
-    model = load_policy(source, home, freeze_vision=cfg.freeze_vision,
-                        gradient_checkpointing=cfg.gradient_checkpointing)
+
+    def ready(policy):  # each is shared out before the next is loaded: together, whole, they may be too much
+        if sharded:
+            shard(policy, device, cfg.offload)
+        return policy
+
+    home = {"device": "cpu" if sharded else device, "computes_on": device}
+    model = ready(load_policy(source, **home, freeze_vision=cfg.freeze_vision,
+                              gradient_checkpointing=cfg.gradient_checkpointing))
     reference = None
     if cfg.kl_coef > 0:
-        reference = load_policy(cfg.model, home, dtype=half).requires_grad_(False).eval()
-    for policy in (model, reference) if sharded else ():
-        if policy is not None:
-            shard(policy, device, cfg.offload)
+        reference = ready(load_policy(cfg.model, **home, dtype=half).requires_grad_(False).eval())
     sampler = model
     if sharded or device.type == "cuda":
         sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
@@ -561,7 +566,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(run.glob("checkpoint-[0-9]*"))
+    return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
 
 
 def save_checkpoint(run: Path, step: int, model, sampler, processor: Processor, optimizer, state: dict) -> None:
@@ -681,15 +686,21 @@ def load_optimizer(path: Path, model, optimizer) -> None:
         with safe_open(path / "trainer" / f"{kind}.safetensors", "pt") as file:
             for name in file.keys():
                 p, value = parameters[name], file.get_tensor(name)
-                if kind != "step" or fused:  # (the count of steps is wanted on the CPU, unless AdamW is fused)
+                if kind != "step" and isinstance(p, DTensor):  # cut here: a GPU may have no room for all
+                    parts, shape = value.chunk(place()[1]), {"shape": value.shape, "stride": value.stride()}
+                    part = parts[place()[0]] if place()[0] < len(parts) else value[:0]
+                    value = DTensor.from_local(part.to(p.device, copy=True), p.device_mesh, p.placements,
+                                               run_check=False, **shape)
+                elif kind != "step" or fused:  # (the count of steps is wanted on the CPU, unless AdamW is fused)
                     value = value.to(p.device)
-                if kind != "step" and isinstance(p, DTensor):
-                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
                 optimizer.state[p][kind] = value
 
 
 def cut_log(path: Path, last_step: int) -> list[dict]:
-    """Lines of a log up to last_step; later ones, and what a killed process left of a line, are cut off the file."""
+    """Lines of a log up to last_step; later ones, and what a killed process left of a line, are cut off the file.
+
+    Raises ValueError for a log that ends before last_step, the newest checkpoint's: it is another run's.
+    """
     lines, size = [], 0
     with open(path, "a+b") as file:
         file.seek(0)
@@ -702,6 +713,9 @@ def cut_log(path: Path, last_step: int) -> list[dict]:
                 break
             lines.append(line)
             size += len(text)
+        if last_step > 0 and (not lines or lines[-1]["step"] < last_step):
+            raise ValueError(f"{path} ends before step {last_step}, whose checkpoint lies beside it; restore the log, "
+                             "or start a new run with another --out")
         file.truncate(size)
     return lines
 
@@ -736,11 +750,21 @@ FREE = ("resume", "out", "data", "test", "micro_tokens", "rollout_rows", "gradie
         "tracker", "offload")
 
 
-def find_run(cfg: Config) -> Path | None:
+def lock(run: Path):
+    """The file that a training process holds; ValueError when another one does."""
+    file = open(run / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
+    return file
+
+
+def find_run(cfg: Config, held: list) -> Path | None:
     """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
     Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with, or
-    when all of its checkpoints are damaged.
+    when all of its checkpoints are damaged. held: gets the lock of a run that is there, before they are looked at.
     """
     run = Path(cfg.out)
     if not (run / "config.json").exists():
@@ -754,6 +778,7 @@ def find_run(cfg: Config) -> Path | None:
     before, now = ({k: v for k, v in settings.items() if k not in FREE}
                    for settings in (json.loads((run / "config.json").read_text()), asdict(cfg)))
     check_same(run, "a run", before, now)
+    held.append(lock(run))
     return newest_whole(run)
 
 
@@ -848,7 +873,8 @@ def main(args: list[str] | None = None) -> None:
     rank, world = place()
     chief = rank == 0  # who writes all there is to write
     say = print if chief else lambda *_: None
-    run, resume_from = Path(cfg.out), together(lambda: find_run(cfg))
+    held: list = []  # the lock, as long as main lives
+    run, resume_from = Path(cfg.out), together(lambda: find_run(cfg, held))
     source = str(resume_from or cfg.model)
     processor = Processor(source, cfg.max_pixels)
     train, test = load_problems(cfg, processor)
@@ -858,16 +884,11 @@ def main(args: list[str] | None = None) -> None:
 
     def set_up() -> None:  # only now: bad input leaves no folder in the way of the mended command
         run.mkdir(parents=True, exist_ok=True)
+        if not held:
+            held.append(lock(run))
         write_json(run / "config.json", asdict(cfg) | {"resume": False})
-        lock = open(run / "lock", "w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
-        held.append(lock)
         write_json(run / "environment.json", environment() | {"processes": world})
 
-    held: list = []  # the lock, as long as main lives
     together(set_up)
     accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
                               log_with=None if cfg.tracker == "none" else cfg.tracker)
@@ -884,8 +905,8 @@ def main(args: list[str] | None = None) -> None:
         say(f"GPU memory, at most (estimate): {memory(model.config, cfg, world)['peak']:.0f} GB; less with shorter "
             "--max-response-tokens, fewer --rollout-rows, fewer --micro-tokens")
 
-    if len(set(everyones([curriculum.digest()]))) > 1:
-        raise ValueError(f"{cfg.data} is not the same for all processes; give every machine the same copy")
+    if len(set(everyones([(curriculum.digest(), *(r.id for r in test))]))) > 1:
+        raise ValueError(f"{cfg.data} or {cfg.test} is not the same for all processes; give all machines one copy")
     data = together(lambda: {"train": data_digest(train), "test": data_digest(test)})
     if resume_from:
         state = json.loads((resume_from / "trainer" / "state.json").read_text())
@@ -894,8 +915,8 @@ def main(args: list[str] | None = None) -> None:
         load_optimizer(resume_from, model, optimizer)
         say(f"resumed from {resume_from}")
     saved = curriculum.position if resume_from else -1  # the newest checkpoint's step
-    # (Rank 0's logs are cut back to it, so that no step stands twice.)
-    logs = together(lambda: {name: cut_log(run / name, saved) for name in ("metrics.jsonl", "responses.jsonl")})
+    # (Rank 0's logs are cut back to it, so that no step stands twice; the starting model's scores stay good.)
+    logs = together(lambda: {name: cut_log(run / name, max(saved, 0)) for name in ("metrics.jsonl", "responses.jsonl")})
 
     def log(name: str, line: dict) -> None:
         logs[name].append(line)
@@ -1025,6 +1046,7 @@ def main(args: list[str] | None = None) -> None:
             break
     bar.close()
     save()
+    prune()  # (a run that was killed between an evaluation and this)
     draw()
     stop.close()
     if curriculum.position < len(curriculum) or (test and len(curriculum) not in evals()):

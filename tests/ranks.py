@@ -71,7 +71,8 @@ def load(name: str, source: str) -> tuple:
     cfg = train.Config(**BASE | SCENARIOS[name])
     device = train.join_processes(cfg)
     if name == "half":
-        train.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        train.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(
+            torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
     model, reference, sampler, optimizer = train.load_models(cfg, source, device)
     train.MixedPrecisionPolicy = MixedPrecisionPolicy
