@@ -159,18 +159,23 @@ def place() -> tuple[int, int]:
 
 
 def together(work: Callable):
-    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints."""
+    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints.
+
+    Raises ValueError on rank 0 for a ValueError or OSError of the work, SystemExit on the others.
+    """
     rank, world = place()
-    box = [None, None]
+    box, cause = [None, None], None
     if rank == 0:
         try:
             box[0] = work()
-        except ValueError as error:
-            box[1] = str(error)
+        except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
+            box[1], cause = str(error), error
     if world > 1:
         dist.broadcast_object_list(box)
     if box[1] is not None:
-        raise ValueError(box[1]) if rank == 0 else SystemExit(1)
+        if rank > 0:
+            raise SystemExit(1)
+        raise ValueError(box[1]) from cause
     return box[0]
 
 

@@ -1,6 +1,7 @@
 """Scores by hand, the closing table, and pages that cannot be turned into markup by what a model writes."""
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -82,6 +83,25 @@ def test_a_changed_picture_of_any_record_is_noticed(tmp_path):
         assert digests[0] != digests[1] and all(text.startswith("130 problems (") for text in digests)
     both = [eval.data_digest([replace(plain[0], images=images)]) for images in ((b"ab", b"c"), (b"a", b"bc"))]
     assert both[0] != both[1]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad data"), OSError(errno.ENOSPC, "No space left on device", "x.json")])
+def test_an_error_of_rank_0_ends_every_rank(monkeypatch, error):
+    """One that is not passed on leaves the others waiting, until gloo ends them with noise of its own."""
+    def work():
+        raise error
+
+    sent = []
+    monkeypatch.setattr(eval, "place", lambda: (0, 2))
+    monkeypatch.setattr(eval.dist, "broadcast_object_list", lambda box: sent.extend(box))
+    with pytest.raises(ValueError, match=re.escape(str(error))):
+        eval.together(work)
+    assert sent == [None, str(error)]
+    monkeypatch.setattr(eval, "place", lambda: (1, 2))
+    monkeypatch.setattr(eval.dist, "broadcast_object_list", lambda box: box.__setitem__(slice(None), sent))
+    with pytest.raises(SystemExit) as end:
+        eval.together(work)
+    assert end.value.code == 1
 
 
 def test_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypatch):
