@@ -159,18 +159,23 @@ def place() -> tuple[int, int]:
 
 
 def together(work: Callable):
-    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints."""
+    """Rank 0 does the work; every rank gets its result, or ends with its error, which rank 0 alone prints.
+
+    Raises ValueError on rank 0 for a ValueError or OSError of the work, SystemExit on the others.
+    """
     rank, world = place()
-    box = [None, None]
+    box, cause = [None, None], None
     if rank == 0:
         try:
             box[0] = work()
-        except ValueError as error:
-            box[1] = str(error)
+        except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
+            box[1], cause = str(error), error
     if world > 1:
         dist.broadcast_object_list(box)
     if box[1] is not None:
-        raise ValueError(box[1]) if rank == 0 else SystemExit(1)
+        if rank > 0:
+            raise SystemExit(1)
+        raise ValueError(box[1]) from cause
     return box[0]
 
 
@@ -802,14 +807,31 @@ def model_digest(path: str) -> str:
 
 
 def data_digest(records: list[Record]) -> str:
-    """Changes with any change of the texts, and, as it looks into 64 records only, with most changes of pictures."""
+    """Changes with any change of the texts and of the pictures' files, which are read but not decoded."""
     digest = hashlib.sha256()
-    for i, r in enumerate(records):
+    for r in records:
         digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
-        for image in r.images if i % -(-len(records) // 64) == 0 else ():
-            with contextlib.suppress(ValueError):  # (check_prompts will name it)
-                digest.update(open_image(image, r.id).tobytes())
+    images = [image for r in records for image in r.images]
+    found = [b""] * len(images)
+
+    def position(i: int) -> tuple:  # in the order of the files, whose row groups are then read once each
+        image = images[i]
+        return (image.file, image.group, image.row) if isinstance(image, Picture) else ("", 0, 0)
+
+    for i in sorted(range(len(images)), key=position):
+        with contextlib.suppress(OSError, ValueError):  # (check_prompts will name it)
+            found[i] = hashlib.sha256(_raw(images[i])).digest()
+    digest.update(repr(found).encode())
     return f"{len(records)} problems ({digest.hexdigest()[:12]})"
+
+
+def _raw(image) -> bytes:
+    """A picture as it is stored; of one that is in memory, its size and pixels."""
+    if isinstance(image, Picture):
+        return image.read()
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes()
+    return image if isinstance(image, bytes) else repr(image.size).encode() + open_image(image, "").tobytes()
 
 
 def check_same(folder: Path, what: str, before: dict, now: dict) -> None:

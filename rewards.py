@@ -310,28 +310,37 @@ class Verifier:
             self._process = self._pipe = None
 
     def _ask(self, gold: str, answer: str | None) -> bool:
-        if self._process is None or not self._process.is_alive():
-            self._start()
-        try:
-            self._pipe.send((gold, answer))
-            if self._pipe.poll(self.timeout):
-                return self._pipe.recv()
-            self.timeouts += 1
-        except (EOFError, OSError):
-            pass  # the worker died over this answer
+        for _ in range(2):
+            try:
+                if self._process is None or not self._process.is_alive():
+                    self._start()
+                try:
+                    self._pipe.send((gold, answer))
+                    if self._pipe.poll(self.timeout):
+                        return self._pipe.recv()
+                    self.timeouts += 1
+                    break
+                except (EOFError, OSError):  # the worker died: over this answer, or by a SIGTERM that a cluster sends
+                    self._process.join(5)  # to all processes of a job, which says nothing of the answer: ask again
+                    if self._process.exitcode != -signal.SIGTERM:
+                        break
+            except BaseException:  # Ctrl-C: an answer left in the pipe would be taken for that to the next question
+                self.close()
+                raise
         self.close()
         return False
 
     def _start(self) -> None:
         self.close()
         context = multiprocessing.get_context("spawn")  # a fork would copy CUDA's state and other threads' locks
-        self._pipe, end = context.Pipe()
-        self._process = context.Process(target=_work, args=(end, self.timeout, self.memory), daemon=True)
-        self._process.start()
+        pipe, end = context.Pipe()
+        process = context.Process(target=_work, args=(end, self.timeout, self.memory), daemon=True)
+        process.start()
+        self._process, self._pipe = process, pipe
         end.close()  # the worker's end is the worker's alone: its death is then seen as EOF
         try:
             ready = self._pipe.poll(120) and self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             ready = False
         if not ready:
             self.close()

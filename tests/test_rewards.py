@@ -1,5 +1,7 @@
 """What a response is worth: formats, answers that try to cheat, advantages by hand, and a verifier that hangs."""
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -384,6 +386,43 @@ def test_a_greedy_verifier_is_stopped_by_its_memory_limit():
     assert verifier.timeouts == 0 and time.time() - start < 15 and worker.is_alive()
     assert verifier("3", "3")
     verifier.close()
+
+
+@pytest.fixture
+def stopped():
+    """A verifier whose worker stands still, so that what happens to it happens over the next question."""
+    verifier = Verifier()
+    assert verifier("2", "2")
+    os.kill(verifier._process.pid, signal.SIGSTOP)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize("sent, verdict", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
+def test_a_worker_ended_by_the_cluster_is_asked_again(stopped, sent, verdict):
+    """srun and scancel send SIGTERM to all processes of a job, in the middle of whatever answer: a right one was then
+    wrong, and the run trained on it and saved it. What kills for memory sends SIGKILL, and would do so again."""
+    def end(pid=stopped._process.pid):
+        os.kill(pid, sent)
+        os.kill(pid, signal.SIGCONT)
+
+    threading.Timer(0.3, end).start()
+    assert stopped("3", "3") == verdict and stopped.timeouts == 0
+    assert stopped("4", "4") and not stopped("4", "5")
+
+
+def test_ctrl_c_leaves_no_answer_to_the_next_question(stopped):
+    worker = stopped._process
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            stopped("3", "3")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if worker.is_alive():
+        os.kill(worker.pid, signal.SIGCONT)
+    assert not stopped("3", "4") and stopped("3", "3")
 
 
 def test_verifier_works_from_a_thread():
