@@ -119,14 +119,11 @@ class Bench:
         drawn = rng.lognormal(np.log(mean) - 0.7**2 / 2, 0.7, (len(self.records), group))
         self.lengths = drawn.round().astype(int).clip(2, self.max_tokens).tolist()
         torch.manual_seed(seed)
-        self.model = self.build(setting, {"": "sdpa", "text_config": "grouped", "vision_config": best_attention()},
-                                torch.float32)
-        self.policy = self.model  # what samples: on a GPU a bf16 copy, as in training
-        if self.device.type == "cuda":
-            self.policy = self.build(setting, {"": "sdpa", "text_config": "grouped",
-                                               "vision_config": best_attention()}, torch.bfloat16)
-            for mine, theirs in zip(self.policy.parameters(), self.model.parameters()):
-                mine.data.copy_(theirs)
+        attention = {"": "sdpa", "text_config": "grouped", "vision_config": best_attention()}  # as load_policy has it
+        self.model = self.policy = self.build(setting, attention, torch.float32)
+        if self.device.type == "cuda":  # what samples is a bf16 copy, as in training
+            self.policy = self.build(setting, attention, torch.bfloat16)
+            train.refresh(self.policy, self.model)
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
         self.cfg = Config(group_size=group, prompts_per_rollout=len(self.records), updates_per_rollout=1,
@@ -171,9 +168,7 @@ class Bench:
                      self.rewards(len(groups)), [0.0], self.cfg)
 
     def ours_step(self) -> None:
-        if self.policy is not self.model:  # the copy that samples is brought up to date
-            for mine, theirs in zip(self.policy.parameters(), self.model.parameters()):
-                mine.data.copy_(theirs)
+        train.refresh(self.policy, self.model)
         groups = self.ours_rollout()
         train.update(self.model, None, self.processor, self.optimizer, groups, self.rewards(len(groups)), [1e-6],
                      self.cfg)
