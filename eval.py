@@ -680,8 +680,10 @@ def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int 
     """Mean accuracy of runs, minus that of the base runs where there are any, over the problems that all of them
     have; runs and base: {id: (what is drawn together, accuracy)} for each seed.
 
-    -> mean, its 95% bootstrap interval (None where there is nothing to draw), problems; None without common problems.
-    Problems are drawn once for both sides, which pairs them; so are the seeds of each side, where it has several.
+    -> mean, its 95% interval (None where there is nothing to draw), problems; None without common problems.
+    Problems are drawn anew (bootstrap), once for both sides, which pairs them. What the seeds of each side add, where
+    it has several, is drawn from Student's t with their standard error: seeds are few, and drawn anew from themselves
+    they would give intervals a third too narrow.
     """
     ids = sorted(set.intersection(*(set(run) for run in [*runs, *base]))) if runs else []
     if not ids:
@@ -690,21 +692,25 @@ def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int 
     rng = np.random.default_rng(seed)
     weights = drawn(rng, len(names), draws)[:, [names[runs[0][key][0]] for key in ids]]  # [draws, problems]
 
-    def side(part: list[dict]) -> tuple[float, np.ndarray]:
+    def side(part: list[dict]) -> tuple[np.ndarray, np.ndarray | float]:
         scores = np.array([[run[key][1] for key in ids] for run in part])  # [seeds, problems]
-        return scores.mean(), drawn(rng, len(part), draws) / len(part) @ scores
+        n = len(part)
+        error = rng.standard_t(n - 1, draws) * scores.mean(1).std(ddof=1) / n ** .5 if n > 1 else 0.0
+        return scores.mean(0), error
 
-    (center, values), (base_center, base_values) = side(runs), side(base) if base else (0.0, 0.0)
-    means = ((values - base_values) * weights).sum(1) / weights.sum(1)
+    (scores, error), (base_scores, base_error) = side(runs), side(base) if base else (np.zeros(len(ids)), 0.0)
+    change = scores - base_scores  # [problems]
+    means = weights @ change / weights.sum(1) + error - base_error
     bounds = np.percentile(means, [2.5, 97.5]).tolist() if len(names) > 1 or len(runs) > 1 else None
-    return center - base_center, bounds, len(ids)
+    return change.mean(), bounds, len(ids)
 
 
 def compare(argv: list[str]) -> None:
     """Print and save, in Markdown, what runs came to, by setting over seeds; draw it."""
     parser = argparse.ArgumentParser(prog="eval.py compare", description="Set runs side by side.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py or eval.py left; the "
-                        "first one's setting is what the others are compared with")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py or eval.py left")
+    parser.add_argument("--against", choices=("first", "previous"), default="first", help="which setting each is "
+                        "compared with, in the order given: the first, or the one before it (a ladder of ablations)")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder for compare.md and compare.png")
     args = parser.parse_args(argv)
     groups: dict[str, list[Run]] = {}
@@ -738,8 +744,8 @@ def compare(argv: list[str]) -> None:
     header, table, points = ["setting", "seeds"], [[name, str(len(group))] for name, group in zip(names, shown)], {}
     for column in columns:
         header += [f"{column}, %", *["gain by training"] * trained,
-                   *["against the first", "paired problems"] * (len(shown) > 1)]
-        base = [run.problems[column] for run in shown[0] if column in run.problems]
+                   *[f"against the {args.against}", "paired problems"] * (len(shown) > 1)]
+        base: list[dict] = []
         for y, (row, group) in enumerate(zip(table, shown)):
             runs = [run.problems[column] for run in group if column in run.problems]
             before = [run.before[column] for run in group if column in run.before]
@@ -748,10 +754,12 @@ def compare(argv: list[str]) -> None:
             if trained:
                 row.append(cell(difference(runs, before) if before else None, "+"))
             if len(shown) > 1:
-                against = difference(runs, base) if base and group is not shown[0] else None
+                against = difference(runs, base) if base else None
                 row += [cell(against, "+"), str(against[2]) if against else "-"]
+            if y == 0 or args.against == "previous":
+                base = runs
     text = [markdown(header, table), "", "Accuracy in %, with 95% intervals: bootstrap over problems and, where a "
-            "setting has several, over seeds (too narrow with two or three). Differences are paired by problem."]
+            "setting has several seeds, Student's t over these. Differences are paired by problem."]
     for kind, by_level in (("setting", False), ("accuracy by difficulty", True)):
         more = list(dict.fromkeys(name for group in shown for run in group for name in run.beside
                                   if name[0].isdigit() == by_level))
