@@ -180,9 +180,9 @@ class Config:
 
 # What a preset changes; everything else is the paper's, as Config has it.
 PRESETS: dict[str, dict] = {
-    "toy": {
-        "model": str(HERE / "assets/toy/model"), "data": str(HERE / "assets/toy/ladder"),
-        "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
+    "toy": {  # relative paths: a run goes on, and is compared, in another clone too
+        "model": os.path.relpath(HERE / "assets/toy/model"), "data": os.path.relpath(HERE / "assets/toy/ladder"),
+        "test": os.path.relpath(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
         "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
         "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
     "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 64, "save_every": 10},
