@@ -720,6 +720,54 @@ def cut_log(path: Path, last_step: int) -> list[dict]:
     return lines
 
 
+class Journal:
+    """A run's folder: its two logs, which are held in memory too, its checkpoints, and the pictures drawn of them.
+
+    All ranks hold one and call its methods together; rank 0 writes.
+    """
+
+    def __init__(self, cfg: Config, train: list[Record], test: list[Record], saved: int):
+        """saved: the newest checkpoint's step, -1 where there is none. Rank 0's logs are cut back to it, so that no
+        step stands twice; the starting model's scores stay good."""
+        self.run, self.keep, self.train, self.test = Path(cfg.out), cfg.keep, train, test
+        self.always = [r.id for r in test[:cfg.eval_limit or None]]  # the problems that every evaluation answers
+        self.saved, self.writes = saved, place()[0] == 0
+        self.logs = together(lambda: {name: cut_log(self.run / name, max(saved, 0))
+                                      for name in ("metrics.jsonl", "responses.jsonl")})
+
+    def log(self, name: str, line: dict) -> None:
+        self.logs[name].append(line)
+        if self.writes:
+            with open(self.run / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def evals(self) -> dict[int, dict[str, dict]]:
+        """Held-out scores by step."""
+        return {line["step"]: line["eval"] for line in self.logs["metrics.jsonl"] if "eval" in line}
+
+    def prune(self) -> None:
+        if self.writes:
+            mark_best_and_prune(self.run, {
+                step: sum(scores["greedy"]["by_problem"][i] for i in self.always) / len(self.always)
+                for step, scores in self.evals().items()}, self.keep)
+
+    def save(self, step: int, model, sampler, processor: Processor, optimizer, state: dict) -> None:
+        """A checkpoint, unless the newest is of this step."""
+        if step > self.saved:
+            for name in self.logs if self.writes else ():  # the log reaches the disk before its checkpoint
+                sync(self.run / name)
+            save_checkpoint(self.run, step, model, sampler, processor, optimizer, state)
+            self.saved = step
+            self.prune()
+
+    def draw(self) -> None:
+        if self.writes:
+            plot_curves(self.logs["metrics.jsonl"], self.run / "curves.png")
+            plot_strip(self.logs["metrics.jsonl"], {r.id: r for r in self.test}, self.run / "strip.png")
+            write_page(self.logs["responses.jsonl"], {r.id: r for r in self.train}, self.run / "responses.html",
+                       title=str(self.run))
+
+
 def environment() -> dict:
     """Where the run's numbers come from: commit, versions, machine."""
     def git(*args: str) -> str:
@@ -865,6 +913,26 @@ class Stop:
             signal.signal(number, handler)
 
 
+def held_out(sampler, processor: Processor, test: list[Record], cfg: Config, stop: Stop, ends: bool) -> dict | None:
+    """Answer the held-out problems greedily and, at the two ends of training, also at temperature 1 -> the line to log;
+    None when asked to stop before all are answered. In between the first --eval-limit of them have to do."""
+    rank, world = place()
+    records = test if ends else test[:cfg.eval_limit or None]
+    scores = {}
+    for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
+        share = stop.unless_asked(lambda t=temperature, k=k: [result.samples for result in evaluate(
+            sampler, processor, records[rank::world], style=cfg.prompt, temperature=t, samples=k,
+            max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
+        if share is None:
+            return None
+        results = [Result(record, s) for record, s in zip(records, everyones(share), strict=True)]
+        scores[name] = summarize(results)
+        if name == "greedy":
+            shown = [{"id": r.record.id, "text": r.samples[0].text, "right": r.samples[0].correct}
+                     for r in results[:40]]
+    return {"eval": scores, "shown": shown}
+
+
 def main(args: list[str] | None = None) -> None:
     cfg = parse_config(args)
     hf_logging.set_verbosity_error()
@@ -914,71 +982,22 @@ def main(args: list[str] | None = None) -> None:
         curriculum.load_state_dict(state["curriculum"])
         load_optimizer(resume_from, model, optimizer)
         say(f"resumed from {resume_from}")
-    saved = curriculum.position if resume_from else -1  # the newest checkpoint's step
-    # (Rank 0's logs are cut back to it, so that no step stands twice; the starting model's scores stay good.)
-    logs = together(lambda: {name: cut_log(run / name, max(saved, 0)) for name in ("metrics.jsonl", "responses.jsonl")})
-
-    def log(name: str, line: dict) -> None:
-        logs[name].append(line)
-        if chief:
-            with open(run / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def evals() -> dict[int, dict[str, dict]]:
-        """Held-out scores by step."""
-        return {line["step"]: line["eval"] for line in logs["metrics.jsonl"] if "eval" in line}
-
-    def greedy_accuracy() -> dict[int, float]:
-        """Of those problems that every evaluation answered."""
-        ids = [r.id for r in test[:cfg.eval_limit or None]]
-        return {step: sum(scores["greedy"]["by_problem"][i] for i in ids) / len(ids)
-                for step, scores in evals().items()}
-
-    def prune() -> None:
-        if chief:
-            mark_best_and_prune(run, greedy_accuracy(), cfg.keep)
+    journal = Journal(cfg, train, test, saved=curriculum.position if resume_from else -1)
 
     def save() -> None:
-        nonlocal saved
-        if curriculum.position > saved:
-            for name in logs if chief else ():  # the log reaches the disk before the checkpoint that it belongs to
-                sync(run / name)
-            save_checkpoint(run, curriculum.position, model, sampler, processor, optimizer,
-                            {"data": data, "curriculum": curriculum.state_dict()})
-            saved = curriculum.position
-            prune()
+        journal.save(curriculum.position, model, sampler, processor, optimizer,
+                     {"data": data, "curriculum": curriculum.state_dict()})
 
-    def draw() -> None:
-        if chief:
-            plot_curves(logs["metrics.jsonl"], run / "curves.png")
-            plot_strip(logs["metrics.jsonl"], {r.id: r for r in test}, run / "strip.png")
-            write_page(logs["responses.jsonl"], {r.id: r for r in train}, run / "responses.html", title=str(run))
-
-    def held_out() -> None:
-        """Answer the held-out problems if they are due: before the first step, at each stage's end and after the last;
-        greedily and, at the two ends, also at temperature 1."""
-        step = curriculum.position
-        if not test or step in evals() or not (step == 0 or curriculum.batches[step - 1].ends_stage):
-            return
-        ends = step in (0, len(curriculum))
-        records = test if ends else test[:cfg.eval_limit or None]
-        scores = {}
-        for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
-            share = stop.unless_asked(lambda t=temperature, k=k: [result.samples for result in evaluate(
-                sampler, processor, records[rank::world], style=cfg.prompt, temperature=t, samples=k,
-                max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
-            if share is None:
-                return
-            results = [Result(record, s) for record, s in zip(records, everyones(share), strict=True)]
-            scores[name] = summarize(results)
-            if name == "greedy":
-                shown = [{"id": r.record.id, "text": r.samples[0].text, "right": r.samples[0].correct}
-                         for r in results[:40]]
-        log("metrics.jsonl", {"step": step, "eval": scores, "shown": shown})
-        prune()
+    def evaluate_if_due() -> None:
+        """Before the first step, at each stage's end and after the last."""
+        step, ends = curriculum.position, curriculum.position in (0, len(curriculum))
+        if test and step not in journal.evals() and (ends or curriculum.batches[step - 1].ends_stage):
+            if line := held_out(sampler, processor, test, cfg, stop, ends):
+                journal.log("metrics.jsonl", {"step": step} | line)
+                journal.prune()
 
     stop = Stop()
-    held_out()
+    evaluate_if_due()
     bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout", disable=not chief)
     for batch in curriculum:
         step = curriculum.position
@@ -1007,7 +1026,7 @@ def main(args: list[str] | None = None) -> None:
                                 normalize_std=cfg.normalize_std, rejection_sampling=cfg.rejection_sampling)
         metrics = {"step": step, "stage": batch.stage} | step_metrics(groups, rewards)
         for line in log_groups(groups, rewards, step, batch.stage):
-            log("responses.jsonl", line)
+            journal.log("responses.jsonl", line)
         if step == 1 and chief:
             warn_first_rollout(metrics, cfg)
 
@@ -1030,7 +1049,7 @@ def main(args: list[str] | None = None) -> None:
                             "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
         if device.type == "cuda":
             metrics["memory"] = max(everyones([torch.cuda.max_memory_allocated() / 1e9]))
-        log("metrics.jsonl", metrics)
+        journal.log("metrics.jsonl", metrics)
         accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         bar.update()
         bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
@@ -1039,21 +1058,21 @@ def main(args: list[str] | None = None) -> None:
         # 5. Save; at the end of a stage, evaluate.
         if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
             save()
-        held_out()
-        if curriculum.position == saved < len(curriculum):
-            draw()
+        evaluate_if_due()
+        if curriculum.position == journal.saved < len(curriculum):
+            journal.draw()
         if stop.asked_of_any():
             break
     bar.close()
     save()
-    prune()  # (a run that was killed between an evaluation and this)
-    draw()
+    journal.prune()  # (a run that was killed between an evaluation and this)
+    journal.draw()
     stop.close()
-    if curriculum.position < len(curriculum) or (test and len(curriculum) not in evals()):
+    if curriculum.position < len(curriculum) or (test and len(curriculum) not in journal.evals()):
         say(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
     else:
         if test:
-            before, after = evals()[0], evals()[len(curriculum)]
+            before, after = journal.evals()[0], journal.evals()[len(curriculum)]
             say("\n" + before_after(before, after))
             together(lambda: write_json(run / "scores.json", {"before": before, "after": after}))
         say(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, "
