@@ -756,8 +756,9 @@ def main() -> None:
     if raw := is_raw(records[0]):
         def measured(name: str, model: str, **sampling) -> list[Record]:
             load = partial(load_both, model, args.max_pixels)
+            # No evaluation's seed: the responses that made a problem easy must not be those that score it, too.
             return [measure(result) for result in roll_out(args.out, name, records, load, rows=args.rows,
-                                                           seed=args.seed, keep_texts=False, **sampling)]
+                                                           seed=-1 - args.seed, keep_texts=False, **sampling)]
 
         if not args.keep_simple:
             tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",

@@ -56,7 +56,8 @@ TABLES = {
                               "GRPO observe ladder bonus", "Observe-R1"]),
     "take-away": ("first", ["Observe-R1", "Observe-R1 think", "Observe-R1 random", "Observe-R1 without bonus",
                             "GRPO observe ladder bonus", "Observe-R1 sorted", "Observe-R1 reversed"]),
-    "constant-lr": ("first", ["GRPO observe random, constant lr", "GRPO observe ladder, constant lr"]),
+    "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe random, constant lr",
+                                 "GRPO observe ladder, constant lr"]),
 }
 
 
@@ -110,10 +111,15 @@ def keep(folder: Path) -> None:
 
     groups = [[[r[name] for r in line["responses"]] for name in ("accuracy", "format", "tokens")]
               for line in lines("responses.jsonl")]  # two groups a step are logged
-    steps = [json.dumps(line) + "\n" for line in lines("metrics.jsonl") if "eval" not in line]
+    steps = lines("metrics.jsonl")
+    for line in steps:
+        if "eval" in line:  # of the held-out problems, by level alone
+            levels = line.pop("eval")["greedy"]["levels"]
+            line["levels"] = {level: [found["problems"], found["accuracy"]] for level, found in levels.items()}
+            line.pop("shown")
     for file in ("config.json", "environment.json"):
         shutil.copy(folder / file, kept)
-    (kept / "metrics.jsonl").write_text("".join(steps))
+    (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     (kept / "groups.json").write_text(json.dumps(groups))
     (kept / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
@@ -149,6 +155,19 @@ def mechanisms() -> str:
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
 
 
+def by_stage(row: str, seeds: int) -> str:
+    """Greedy held-out accuracy of a row at the end of each of its stages, by difficulty, mean over seeds."""
+    parts = {"easy (0 - .25)": (0, .25), "medium (.375 - .625)": (.375, .625), "hard (.75 - 1)": (.75, 1)}
+    found: dict[int, dict[str, list[float]]] = {}  # step -> part -> accuracy by seed
+    for seed in range(seeds):
+        for line in map(json.loads, (KEPT / name_of(row, seed) / "metrics.jsonl").read_text().splitlines()):
+            for part, (low, high) in parts.items() if "levels" in line else ():
+                counts, means = zip(*(value for level, value in line["levels"].items() if low <= float(level) <= high))
+                found.setdefault(line["step"], {}).setdefault(part, []).append(np.average(means, weights=counts))
+    return markdown([f"{row}, after rollout", *map(str, found)],
+                    [[f"{part}, %", *(f"{100 * np.mean(at[part]):.0f}" for at in found.values())] for part in parts])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=4, help="seeds of each row, from 0")
@@ -172,8 +191,10 @@ def main() -> None:
     for name, (against, rows) in TABLES.items():
         compare([KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)], KEPT / name, against)
     compare(starts, KEPT / "start", "first")
-    (KEPT / "mechanisms.md").write_text(mechanisms())
-    print((KEPT / "mechanisms.md").read_text())
+    stages = [by_stage(row, args.seeds) for row in ("GRPO observe ladder", "Observe-R1", "Observe-R1 reversed")]
+    for file, text in (("mechanisms.md", mechanisms()), ("stages.md", "\n\n".join(stages) + "\n")):
+        (KEPT / file).write_text(text)
+        print(text)
 
 
 def compare(folders: list[Path], out: Path, against: str) -> None:

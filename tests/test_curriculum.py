@@ -253,6 +253,18 @@ def test_a_finished_build_is_not_measured_again(command, raw, tmp_path, monkeypa
     assert len(load_records(str(tmp_path / "out" / "measured.parquet"))) == 4
 
 
+def test_difficulty_is_measured_on_other_responses_than_scores(command, raw, shipped, processor, tmp_path):
+    """With one seed for both, a held-out problem is easy because of the very responses that are scored later: at each
+    level the starting model then scores what the level says, and after training easy problems seem to be lost."""
+    command("--data", raw, "--model", MODEL, "--max-tokens", "160", "--keep-simple", "--limit", 4, "--size", 2,
+            "--out", tmp_path / "out")
+    with open(tmp_path / "out/rollouts-0.jsonl") as file:
+        measured = {r["id"]: [s["tokens"] for s in r["samples"]] for line in file for r in json.loads(line)["results"]}
+    records = [r for r in load_records(str(raw)) if r.id in measured]
+    scored = evaluate(shipped, processor, records, style="observe", temperature=1, samples=8, max_tokens=160)
+    assert all([s.tokens for s in r.samples] != measured[r.record.id] for r in scored) and len(records) == 4
+
+
 def test_the_filter_drops_what_is_right_at_once(command, raw, shipped, processor, tmp_path):
     """Greedy, without reasoning; a wrong style or a temperature would drop others."""
     records = sorted(load_records(str(raw)), key=lambda r: r.id)
