@@ -52,10 +52,11 @@ ROWS = {  # name -> what differs from the full method
 }
 # Tables: what a row's difference is from, and the rows. GRPO with ladder and bonus is Observe-R1 without its weight.
 TABLES = {
-    "build-up": ("previous", ["rejection sampling", "GRPO think random", "GRPO observe random", "GRPO observe ladder",
+    "build-up": ("previous", ["GRPO think random", "GRPO observe random", "GRPO observe ladder",
                               "GRPO observe ladder bonus", "Observe-R1"]),
     "take-away": ("first", ["Observe-R1", "Observe-R1 think", "Observe-R1 random", "Observe-R1 without bonus",
                             "GRPO observe ladder bonus", "Observe-R1 sorted", "Observe-R1 reversed"]),
+    "control": ("first", ["GRPO observe random", "rejection sampling"]),
     "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe random, constant lr",
                                  "GRPO observe ladder, constant lr"]),
 }
