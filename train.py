@@ -786,7 +786,7 @@ def environment() -> dict:
             versions[name] = None
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "*.py")),
             "python": platform.python_version(), "device": device, "packages": versions, "command": sys.argv}
 
 
