@@ -1,6 +1,7 @@
 """What the tests share: the built-in world, loaded once."""
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def whole_run(small, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     train.main([*small, "--out", str(run)])
     return run
+
+
+@pytest.fixture
+def stopped_run(small, tmp_path, monkeypatch):
+    """Gives a run that was sent SIGTERM in the middle of the given step."""
+    def start(step: int) -> Path:
+        real, calls = train.update, []
+
+        def stop_there(*args):
+            calls.append(1)
+            if len(calls) == step:
+                signal.raise_signal(signal.SIGTERM)
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "update", stop_there)
+            train.main([*small, "--out", str(tmp_path / "run")])
+        return tmp_path / "run"
+
+    return start
 
 
 def weights(run: Path) -> dict:

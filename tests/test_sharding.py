@@ -123,20 +123,10 @@ def close_to(run: Path, whole: Path) -> None:
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=0, msg=name)
 
 
-def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole_run, tmp_path, monkeypatch):
+def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole_run, stopped_run):
     """Two steps of one process, some of two until the cluster takes them away (SIGTERM goes to torchrun alone, which
     hands it on), and the rest of one: the run that one process made in one go."""
-    run, real, calls = tmp_path / "run", train.update, []
-
-    def stop_at_two(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", stop_at_two)
-    main([*small, "--out", str(run)])
-    monkeypatch.undo()
+    run = stopped_run(2)
     assert checkpoints(run)[-1].name == "checkpoint-000002"
     process, start = torchrun("train.py", *small, "--out", str(run), "--resume"), time.time()
     while process.poll() is None and lines(run)[-1]["step"] < 4 and time.time() < start + 100:

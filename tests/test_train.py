@@ -383,20 +383,9 @@ def test_logged_numbers_by_hand(rollout):
     assert [r["reward"] for r in line["responses"]] == pytest.approx([1.7, 1.5, .5, .5])
 
 
-def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, tmp_path, monkeypatch):
+def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_run):
     """Stopped by a signal in the middle of a stage: same log, same weights, same moments, to the bit."""
-    run = tmp_path / "stopped"
-    real, calls = train.update, []
-
-    def stop_at_three(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(train, "update", stop_at_three)
-    main([*small, "--out", str(run)])
-    monkeypatch.undo()
+    run = stopped_run(3)
     assert [line["step"] for line in lines(run)] == [0, 1, 2, 2, 3]
     with open(run / "metrics.jsonl", "a") as file:  # a step that was logged and then lost with the process
         file.write(json.dumps({"step": 4, "reward": 99}) + "\n")
