@@ -615,8 +615,10 @@ def write_page(lines: list[dict], records: dict[str, Record], path: Path, title:
 
 # --- runs side by side ------------------------------------------------------------------------------------------------
 
+# Settings of training that change memory, speed and what is kept, not the steps (but by rounding).
+TECHNICAL = ("micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep", "tracker", "offload")
 # What runs of one setting may differ in; what was asked of an evaluation is told by its data.
-UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses", "benchmark")
+UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses", "benchmark", "rows", *TECHNICAL)
 
 
 @dataclass(frozen=True)

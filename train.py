@@ -78,6 +78,7 @@ from transformers import logging as hf_logging
 from curriculum import Curriculum
 from data import Processor, Prompt, Record, check_prompts, load_records
 from eval import (
+    TECHNICAL,
     Result,
     before_after,
     check_same,
@@ -792,10 +793,8 @@ def environment() -> dict:
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-# Settings that may differ on --resume: they change memory, speed and what is kept, not the steps (but by rounding).
-# Folders may have moved; data_digest tells whether the problems are the same.
-FREE = ("resume", "out", "data", "test", "micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
-        "tracker", "offload")
+# Settings that may differ on --resume. (Folders may have moved; data_digest tells whether the problems are the same.)
+FREE = ("resume", "out", "data", "test", *TECHNICAL)
 
 
 def lock(run: Path):
