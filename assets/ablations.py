@@ -29,7 +29,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from eval import markdown  # noqa: E402
+from eval import markdown, tables  # noqa: E402
 from rewards import Score, group_rewards  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
@@ -186,14 +186,16 @@ def main() -> None:
     starts = [OUT / f"start-T{temperature}" for temperature in (1, 0.6, 0.3, 0)]
     for out in starts:
         temperature = out.name.removeprefix("start-T")
-        run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
-            "--temperature", temperature, *(["--samples", 4] if temperature != "0" else []), "--out", out,
-            log=OUT / "start.log")
+        if run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
+               "--temperature", temperature, *(["--samples", 4] if temperature != "0" else []), "--out", out,
+               log=OUT / "start.log"):
+            sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
     for name, (against, rows) in TABLES.items():
         compare([KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)], KEPT / name, against)
-    compare(starts, KEPT / "start", "first")
+    scores = [score for out in starts for score in json.loads((out / "scores.json").read_text())["scores"]]
     stages = [by_stage(row, args.seeds) for row in ("GRPO observe ladder", "Observe-R1", "Observe-R1 reversed")]
-    for file, text in (("mechanisms.md", mechanisms()), ("stages.md", "\n\n".join(stages) + "\n")):
+    for file, text in (("start.md", tables(scores).split("\n\n")[0] + "\n"), ("mechanisms.md", mechanisms()),
+                       ("stages.md", "\n\n".join(stages) + "\n")):
         (KEPT / file).write_text(text)
         print(text)
 
