@@ -619,7 +619,7 @@ def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
         return {"data": data_digest(records), "model": model_digest(args.model),
                 "simple-question filter": "off" if args.keep_simple else model_digest(model), "samples": SAMPLES,
                 **{key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
-                                                       "seed")}}
+                                                       "sampling_seed")}}
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data]
     builds = [found["measured_by"] for folder in dict.fromkeys(folders) if (found := settings_of(folder))]
     for other in builds[1:]:
@@ -732,7 +732,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=8192, help="longest response, as --max-response-tokens there")
     parser.add_argument("--max-pixels", type=int, default=2_560_000, help="area above which pictures are shrunk")
     parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
-    return parser.parse_args()
+    args = parser.parse_args()
+    # No evaluation's: the responses that made a problem easy must not be the very ones that score it.
+    args.sampling_seed = -1 - args.seed
+    return args
 
 
 def show(argv: list[str]) -> None:
@@ -756,9 +759,8 @@ def main() -> None:
     if raw := is_raw(records[0]):
         def measured(name: str, model: str, **sampling) -> list[Record]:
             load = partial(load_both, model, args.max_pixels)
-            # No evaluation's seed: the responses that made a problem easy must not be those that score it, too.
             return [measure(result) for result in roll_out(args.out, name, records, load, rows=args.rows,
-                                                           seed=-1 - args.seed, keep_texts=False, **sampling)]
+                                                           seed=args.sampling_seed, keep_texts=False, **sampling)]
 
         if not args.keep_simple:
             tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",

@@ -684,8 +684,9 @@ def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int 
 
     -> mean, its 95% interval (None where there is nothing to draw), problems; None without common problems.
     Problems are drawn anew (bootstrap), once for both sides, which pairs them. What the seeds of each side add, where
-    it has several, is drawn from Student's t with their standard error: seeds are few, and drawn anew from themselves
-    they would give intervals a third too narrow.
+    it has several, is Student's t with their standard error: seeds are few, and drawn anew from four of themselves they
+    would give intervals half as wide. That error has the noise of single responses in it, which is taken out of the
+    bootstrap's spread, not to count it twice.
     """
     ids = sorted(set.intersection(*(set(run) for run in [*runs, *base]))) if runs else []
     if not ids:
@@ -693,18 +694,19 @@ def difference(runs: list[dict], base: list[dict], draws: int = 2000, seed: int 
     names = {name: i for i, name in enumerate(sorted({runs[0][key][0] for key in ids}))}
     rng = np.random.default_rng(seed)
     weights = drawn(rng, len(names), draws)[:, [names[runs[0][key][0]] for key in ids]]  # [draws, problems]
-
-    def side(part: list[dict]) -> tuple[np.ndarray, np.ndarray | float]:
-        scores = np.array([[run[key][1] for key in ids] for run in part])  # [seeds, problems]
-        n = len(part)
-        error = rng.standard_t(n - 1, draws) * scores.mean(1).std(ddof=1) / n ** .5 if n > 1 else 0.0
-        return scores.mean(0), error
-
-    (scores, error), (base_scores, base_error) = side(runs), side(base) if base else (np.zeros(len(ids)), 0.0)
-    change = scores - base_scores  # [problems]
-    means = weights @ change / weights.sum(1) + error - base_error
-    bounds = np.percentile(means, [2.5, 97.5]).tolist() if len(names) > 1 or len(runs) > 1 else None
-    return change.mean(), bounds, len(ids)
+    change, noise, errors = np.zeros(len(ids)), 0.0, np.zeros(draws)
+    for sign, part in ((1, runs), (-1, base)):
+        scores, n = np.array([[run[key][1] for key in ids] for run in part]), len(part)  # [seeds, problems]
+        change += sign * scores.mean(0) if n else 0
+        if n > 1:
+            noise += scores.var(0, ddof=1).mean() / n
+            t = np.quantile(rng.standard_t(n - 1, 50_000), (np.arange(draws) + .5) / draws)  # (2,000 have rough tails)
+            errors += rng.permutation(t) * scores.mean(1).std(ddof=1) / n ** .5
+    center, spread = change.mean(), change.var()
+    own = max(0.0, 1 - noise / spread) ** .5 if spread else 0.0  # the problems' share of the bootstrap's spread
+    means = center + own * (weights @ change / weights.sum(1) - center) + errors
+    several = len(names) > 1 or max(len(runs), len(base)) > 1
+    return center, np.percentile(means, [2.5, 97.5]).tolist() if several else None, len(ids)
 
 
 def compare(argv: list[str]) -> None:
@@ -720,8 +722,9 @@ def compare(argv: list[str]) -> None:
         for run in read_runs(folder):
             group = groups.setdefault(json.dumps(run.settings, sort_keys=True), [])
             if twin := next((other for other in group if other.seed == run.seed), None):
-                raise ValueError(f"{twin.folder} and {run.folder} are of the same settings and seed; give one of them "
-                                 "(a run counted twice would make its interval too small)")
+                raise ValueError(f"{twin.folder} and {run.folder} are of the same settings and seed (memory and speed "
+                                 "do not count); give one of them: a run counted twice would make its interval too "
+                                 "small")
             group.append(run)
     shown = list(groups.values())
     keys = dict.fromkeys(key for group in shown for key in group[0].settings)

@@ -181,9 +181,9 @@ class Config:
 
 # What a preset changes; everything else is the paper's, as Config has it.
 PRESETS: dict[str, dict] = {
-    "toy": {  # relative paths: a run goes on, and is compared, in another clone too
-        "model": os.path.relpath(HERE / "assets/toy/model"), "data": os.path.relpath(HERE / "assets/toy/ladder"),
-        "test": os.path.relpath(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
+    "toy": {
+        "model": str(HERE / "assets/toy/model"), "data": str(HERE / "assets/toy/ladder"),
+        "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
         "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
         "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
     "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 64, "save_every": 10},
@@ -205,6 +205,14 @@ def parse_config(args: list[str] | None = None) -> Config:
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"
     check_config(cfg)
     return cfg
+
+
+def as_kept(cfg: Config) -> dict:
+    """The settings as config.json has them: what lies in this repository by its place there, for a run goes on, and is
+    compared with others, in another clone too."""
+    settings = asdict(cfg) | {"resume": False}
+    inside = {name: Path(settings[name]) for name in ("model", "data", "test") if Path(settings[name]).is_absolute()}
+    return settings | {name: str(path.relative_to(HERE)) for name, path in inside.items() if path.is_relative_to(HERE)}
 
 
 def check_config(cfg: Config) -> None:
@@ -823,7 +831,7 @@ def find_run(cfg: Config, held: list) -> Path | None:
     if not cfg.resume:
         raise ValueError(f"{run} holds another run; add --resume to go on with it, or choose another --out")
     before, now = ({k: v for k, v in settings.items() if k not in FREE}
-                   for settings in (json.loads((run / "config.json").read_text()), asdict(cfg)))
+                   for settings in (json.loads((run / "config.json").read_text()), as_kept(cfg)))
     check_same(run, "a run", before, now)
     held.append(lock(run))
     return newest_whole(run)
@@ -953,7 +961,7 @@ def main(args: list[str] | None = None) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if not held:
             held.append(lock(run))
-        write_json(run / "config.json", asdict(cfg) | {"resume": False})
+        write_json(run / "config.json", as_kept(cfg))
         write_json(run / "environment.json", environment() | {"processes": world})
 
     together(set_up)

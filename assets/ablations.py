@@ -7,8 +7,9 @@ never seen in training (made here, for the 300 of the built-in world are too few
 and started again: a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations; what the
 tables are made of is kept in assets/ablations, with the tables and plots that `eval.py compare` makes of it.
 
-Stated before the runs, from three seeds' spread at temperature 1 (1.6 points): four seeds show a difference between two
-rows of 3.4 points at temperature 1 and of 4 greedy, in four cases of five; smaller ones they may miss.
+Stated before the runs, from three seeds' spread at temperature 1 (1.6 points) and a normal approximation: four seeds show
+a difference between two rows of 3.4 points at temperature 1 and of 4 greedy, in four cases of five. With Student's t, as
+the tables have it, the same spread makes that 4.8; what came out stands in their intervals.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from data import load_records, save_records  # noqa: E402
 from eval import markdown, tables  # noqa: E402
 from rewards import Score, group_rewards  # noqa: E402
 
@@ -57,9 +59,10 @@ TABLES = {
     "take-away": ("first", ["Observe-R1", "Observe-R1 think", "Observe-R1 random", "Observe-R1 without bonus",
                             "GRPO observe ladder bonus", "Observe-R1 sorted", "Observe-R1 reversed"]),
     "control": ("first", ["GRPO observe random", "rejection sampling"]),
-    "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe random, constant lr",
-                                 "GRPO observe ladder, constant lr"]),
+    "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe ladder, constant lr",
+                                 "GRPO observe random, constant lr"]),
 }
+STAGES = ("GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 reversed")  # rows with stages to show
 
 
 def name_of(row: str, seed: int) -> str:
@@ -70,13 +73,12 @@ def make_held_out(count: int) -> None:
     """`count` problems of the test set's handwriting, measured by the shipped model as the ladder's were."""
     from make_toy import load_glyphs, make_problem
 
-    from data import save_records
-
     rng, (_, glyphs) = random.Random(1), load_glyphs()
     OUT.mkdir(parents=True, exist_ok=True)
     save_records(str(OUT / "held-out.parquet"), [make_problem(rng, glyphs, f"held-out-{i:04d}") for i in range(count)])
-    run("curriculum.py", "--data", OUT / "held-out.parquet", "--model", MODEL, "--out", TEST.parent, "--keep-simple",
-        "--max-tokens", 160, "--max-pixels", 64 * 28 * 28)
+    if run("curriculum.py", "--data", OUT / "held-out.parquet", "--model", MODEL, "--out", TEST.parent, "--keep-simple",
+           "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=OUT / "held-out.log"):
+        sys.exit(f"the held-out problems could not be measured: see {OUT / 'held-out.log'}")
 
 
 def run(*command, log: Path | None = None, threads: int | None = None) -> int:
@@ -96,13 +98,14 @@ def train(row: str, seed: int, threads: int) -> None:
         code = run("train.py", "--model", MODEL, "--data", LADDER, *shlex.split(ROWS[row]), "--seed", seed,
                    "--test", TEST, "--eval-limit", 100, "--save-every", 20, "--out", OUT / name, *resume,
                    log=OUT / f"{name}.log", threads=threads)
-        if code:
-            sys.exit(f"{row}, seed {seed} failed: see {OUT / name}.log")
+        if code or not (OUT / name / "scores.json").exists():
+            sys.exit(f"{row}, seed {seed}, {'failed' if code else 'was stopped'}: see {OUT / name}.log")
     keep(OUT / name)
 
 
 def keep(folder: Path) -> None:
     """What the tables are made of, in six digits; the scores last, for they say that all is there."""
+    difficulty = {r.id: r.difficulty for r in load_records(str(TEST))}
     kept = KEPT / folder.name
     kept.mkdir(parents=True, exist_ok=True)
 
@@ -113,11 +116,12 @@ def keep(folder: Path) -> None:
     groups = [[[r[name] for r in line["responses"]] for name in ("accuracy", "format", "tokens")]
               for line in lines("responses.jsonl")]  # two groups a step are logged
     steps = lines("metrics.jsonl")
+    found = {line["step"]: line["eval"]["greedy"]["by_problem"] for line in steps if "eval" in line}
+    ids = min(found.values(), key=len)  # --eval-limit's; both ends of training answer more
     for line in steps:
-        if "eval" in line:  # of the held-out problems, by level alone
-            levels = line.pop("eval")["greedy"]["levels"]
-            line["levels"] = {level: [found["problems"], found["accuracy"]] for level, found in levels.items()}
-            line.pop("shown")
+        if "eval" in line:
+            del line["eval"], line["shown"]
+            line["held_out"] = [[difficulty[i], found[line["step"]][i]] for i in ids]
     for file in ("config.json", "environment.json"):
         shutil.copy(folder / file, kept)
     (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
@@ -125,13 +129,13 @@ def keep(folder: Path) -> None:
     (kept / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
-def mechanisms() -> str:
-    """What weight and bonus do to the advantages of the groups that the kept runs logged, by right answers in a group.
+def mechanisms(seeds: int = 4) -> str:
+    """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
-    method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; the bonus acts where two
-    or more are right, and not all.
+    method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
+    acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    files = sorted(KEPT.glob("*/groups.json"))
+    files = [KEPT / name_of(row, seed) / "groups.json" for row in ROWS for seed in range(seeds)]
     groups = torch.tensor([group for file in files for group in json.loads(file.read_text())])  # [P, 3, G]
     scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
@@ -157,16 +161,21 @@ def mechanisms() -> str:
 
 
 def by_stage(row: str, seeds: int) -> str:
-    """Greedy held-out accuracy of a row at the end of each of its stages, by difficulty, mean over seeds."""
-    parts = {"easy (0 - .25)": (0, .25), "medium (.375 - .625)": (.375, .625), "hard (.75 - 1)": (.75, 1)}
-    found: dict[int, dict[str, list[float]]] = {}  # step -> part -> accuracy by seed
+    """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
+    and hard ones (there are too few between), mean over seeds."""
+    parts = {"easy (0 - .25)": (0, .25), "hard (.75 - 1)": (.75, 1)}
+    found: dict[int, list] = {}  # step -> (difficulty, right)
     for seed in range(seeds):
         for line in map(json.loads, (KEPT / name_of(row, seed) / "metrics.jsonl").read_text().splitlines()):
-            for part, (low, high) in parts.items() if "levels" in line else ():
-                counts, means = zip(*(value for level, value in line["levels"].items() if low <= float(level) <= high))
-                found.setdefault(line["step"], {}).setdefault(part, []).append(np.average(means, weights=counts))
-    return markdown([f"{row}, after rollout", *map(str, found)],
-                    [[f"{part}, %", *(f"{100 * np.mean(at[part]):.0f}" for at in found.values())] for part in parts])
+            found.setdefault(line["step"], []).extend(line.get("held_out", []))
+
+    def inside(at: list, part: str) -> list[float]:
+        return [right for difficulty, right in at if parts[part][0] <= difficulty <= parts[part][1]]
+
+    found = {step: at for step, at in found.items() if at}
+    return markdown([f"{row}, after rollout", "problems", *map(str, found)],
+                    [[f"{part}, %", str(len(inside(found[0], part)) // seeds),
+                      *(f"{100 * np.mean(inside(at, part)):.0f}" for at in found.values())] for part in parts])
 
 
 def main() -> None:
@@ -178,10 +187,17 @@ def main() -> None:
     os.chdir(ROOT)
     if not TEST.exists():
         make_held_out(args.held_out)
+    if (found := len(load_records(str(TEST)))) != args.held_out:
+        sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs anew")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]:
-            done.result()
+        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:  # Ctrl-C too: the runs under way save and end, others do not begin
+            pool.shutdown(cancel_futures=True)
+            raise
     # Sharpening by itself: the starting model, from its own temperature down to greedy.
     starts = [OUT / f"start-T{temperature}" for temperature in (1, 0.6, 0.3, 0)]
     for out in starts:
@@ -193,8 +209,8 @@ def main() -> None:
     for name, (against, rows) in TABLES.items():
         compare([KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)], KEPT / name, against)
     scores = [score for out in starts for score in json.loads((out / "scores.json").read_text())["scores"]]
-    stages = [by_stage(row, args.seeds) for row in ("GRPO observe ladder", "Observe-R1", "Observe-R1 reversed")]
-    for file, text in (("start.md", tables(scores).split("\n\n")[0] + "\n"), ("mechanisms.md", mechanisms()),
+    stages = [by_stage(row, args.seeds) for row in STAGES]
+    for file, text in (("start.md", tables(scores).split("\n\n")[0] + "\n"), ("mechanisms.md", mechanisms(args.seeds)),
                        ("stages.md", "\n\n".join(stages) + "\n")):
         (KEPT / file).write_text(text)
         print(text)
