@@ -7,9 +7,9 @@ never seen in training (made here, for the 300 of the built-in world are too few
 and started again: a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations; what the
 tables are made of is kept in assets/ablations, with the tables and plots that `eval.py compare` makes of it.
 
-Stated before the runs, from three seeds' spread at temperature 1 (1.6 points) and a normal approximation: four seeds show
-a difference between two rows of 3.4 points at temperature 1 and of 4 greedy, in four cases of five. With Student's t, as
-the tables have it, the same spread makes that 4.8; what came out stands in their intervals.
+Stated before the runs, from three seeds' spread at temperature 1 (1.6 points) and a normal approximation: four seeds
+show a difference between two rows of 3.4 points at temperature 1 and of 4 greedy, in four cases of five. With Student's
+t, as the tables have it, the same spread makes that 4.8; what came out stands in their intervals.
 """
 from __future__ import annotations
 
