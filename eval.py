@@ -650,7 +650,8 @@ def read_runs(folder: Path) -> list[Run]:
         raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
     if config:
         test = Path(config["test"])
-        label = "toy" if test.parts[-2:] == TOY.parts[-2:] else test.stem
+        name = test.parent.name if test.stem == "measured" else test.stem  # curriculum.py's file: the folder tells
+        label = "toy" if test.parts[-2:] == TOY.parts[-2:] else name
 
         def columns(ends: dict) -> dict:
             return {f"{label}, {name}": {key: (key, value) for key, value in ends[kind]["by_problem"].items()}
