@@ -12,7 +12,8 @@ everything and reasons step by step; slips of reading and reckoning come on top.
 of several rows is wrong, at any temperature, and reinforcement learning has to change what the model does, namely
 observe all of it, rather than sharpen what it does already.
 
-Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU).
+Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
+shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
 """
 from __future__ import annotations
 

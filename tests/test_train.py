@@ -300,6 +300,7 @@ def test_it_can_learn(model, processor, test_set):
 
 def test_presets_then_options_prevail():
     assert parse_config([]).lr == train.PRESETS["toy"]["lr"]
+    assert train.as_kept(parse_config([]))["model"] == "assets/toy/model", "no machine's path: clones are compared"
     assert parse_config(["--lr", "0.5"]).lr == 0.5
     paper = parse_config(["--preset", "3b", "--data", "ladder"])
     assert (paper.lr, paper.group_size, paper.prompts_per_rollout, paper.updates_per_rollout) == (1e-6, 8, 128, 16)
