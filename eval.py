@@ -769,7 +769,7 @@ def compare(argv: list[str]) -> None:
     for kind, by_level in (("setting", False), ("accuracy by difficulty", True)):
         more = list(dict.fromkeys(name for group in shown for run in group for name in run.beside
                                   if name[0].isdigit() == by_level))
-        rows = [[name, *(_over_seeds([run.beside[key] for run in group if key in run.beside]) for key in more)]
+        rows = [[name, *(over_seeds([run.beside[key] for run in group if key in run.beside]) for key in more)]
                 for name, group in zip(names, shown)]
         text += ["", markdown([kind, *more], rows)] if more else []
     text += ["", "Means over seeds, with their standard error."] if any(len(group) > 1 for group in shown) else []
@@ -796,7 +796,8 @@ def compare(argv: list[str]) -> None:
     print(*text, "", f"-> {args.out}", sep="\n")
 
 
-def _over_seeds(values: list[float]) -> str:
+def over_seeds(values: list[float]) -> str:
+    """Their mean, with its standard error where there are several."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** .5:.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{error}" if values else "-"
 
