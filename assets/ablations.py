@@ -158,8 +158,8 @@ def mechanisms(seeds: int = 4) -> str:
     table = markdown(["right", "groups, %", "mean abs A", "with weight", "share of all, %", "with weight, %",
                       "bonus changes A by", "with weight by"], rows)
     moved = [100 * (now.abs().sum() / x.abs().sum()).item() for now, x in ((acts, plain), (acts_weighted, weighted))]
-    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(files)} runs. The bonus moves {moved[0]:.0f}% of the "
-            f"sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
+    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(files)} runs. The bonus moves {moved[0]:.0f}% "
+            f"of the sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
 
 
