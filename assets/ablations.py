@@ -63,6 +63,7 @@ TABLES = {
     "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe ladder, constant lr",
                                  "GRPO observe random, constant lr"]),
 }
+PARTS = {"easy (0 - .25)": (0, .25), "middle": (.375, .625), "hard (.75 - 1)": (.75, 1)}  # difficulty, from and to
 STAGES = ("GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 reversed")  # rows with stages to show
 
 
@@ -166,36 +167,33 @@ def mechanisms(seeds: int = 4) -> str:
 def by_stage(row: str, seeds: int) -> str:
     """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
     and hard ones (there are too few between), mean over seeds."""
-    parts = {"easy (0 - .25)": (0, .25), "hard (.75 - 1)": (.75, 1)}
     found: dict[int, list] = {}  # step -> (difficulty, right)
     for seed in range(seeds):
         for line in map(json.loads, (KEPT / name_of(row, seed) / "metrics.jsonl").read_text().splitlines()):
-            found.setdefault(line["step"], []).extend(line.get("held_out", []))
-
-    def inside(at: list, part: str) -> list[float]:
-        return [right for difficulty, right in at if parts[part][0] <= difficulty <= parts[part][1]]
-
-    found = {step: at for step, at in found.items() if at}
-    return markdown([f"{row}, after rollout", "problems", *map(str, found)],
-                    [[f"{part}, %", str(len(inside(found[0], part)) // seeds),
-                      *(f"{100 * np.mean(inside(at, part)):.0f}" for at in found.values())] for part in parts])
+            if "held_out" in line:
+                found.setdefault(line["step"], []).extend(line["held_out"])
+    table = []
+    for part in (part for part in PARTS if part != "middle"):
+        low, high = PARTS[part]
+        inside = [[right for difficulty, right in at if low <= difficulty <= high] for at in found.values()]
+        table.append([f"{part}, %", str(len(inside[0]) // seeds), *(f"{100 * np.mean(at):.0f}" for at in inside)])
+    return markdown([f"{row}, after rollout", "problems", *map(str, found)], table)
 
 
 def by_difficulty(seeds: int) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
-    parts = {"easy (0 - .25)": (0, .25), "middle": (.375, .625), "hard (.75 - 1)": (.75, 1)}
     table = []
     for row in ROWS:
         ends = [json.loads((KEPT / name_of(row, seed) / "scores.json").read_text())["after"] for seed in range(seeds)]
         table.append([row])
         for kind in ("sampled", "greedy"):
-            for low, high in parts.values():
+            for low, high in PARTS.values():
                 levels = [[at for level, at in end[kind]["levels"].items() if low <= float(level) <= high]
                           for end in ends]
                 means = [np.average([at["accuracy"] for at in each], weights=[at["problems"] for at in each])
                          for each in levels]
                 table[-1].append(over_seeds([100 * value for value in means]))
-    return markdown(["row", *(f"{part}, {kind}, %" for kind in ("T=1", "greedy") for part in parts)], table)
+    return markdown(["row", *(f"{part}, {kind}, %" for kind in ("T=1", "greedy") for part in PARTS)], table)
 
 
 def main() -> None:
@@ -227,7 +225,10 @@ def main() -> None:
                log=OUT / "start.log"):
             sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
     for name, (against, rows) in TABLES.items():
-        compare([KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)], KEPT / name, against)
+        folders = [KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)]
+        if run("eval.py", "compare", *folders, "--out", KEPT / name, "--against", against, log=OUT / "compare.log"):
+            sys.exit(f"no table: see {OUT / 'compare.log'}")
+        print((KEPT / name / "compare.md").read_text())
     scores = [score for out in starts for score in json.loads((out / "scores.json").read_text())["scores"]]
     stages = [by_stage(row, args.seeds) for row in STAGES]
     for file, text in (("start.md", tables(scores).split("\n\n")[0] + "\n"), ("mechanisms.md", mechanisms(args.seeds)),
@@ -235,12 +236,6 @@ def main() -> None:
                        ("stages.md", "\n\n".join(stages) + "\n")):
         (KEPT / file).write_text(text)
         print(text)
-
-
-def compare(folders: list[Path], out: Path, against: str) -> None:
-    if run("eval.py", "compare", *folders, "--out", out, "--against", against, log=OUT / "compare.log"):
-        sys.exit(f"no table: see {OUT / 'compare.log'}")
-    print((out / "compare.md").read_text())
 
 
 if __name__ == "__main__":

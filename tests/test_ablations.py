@@ -1,11 +1,10 @@
 """The evidence in assets/ablations and in the README is what the commands make of the runs."""
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "assets"))
 
 import ablations  # noqa: E402
@@ -17,6 +16,10 @@ from train import parse_config  # noqa: E402
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
 def test_rows_differ_in_what_they_say():
@@ -50,13 +53,8 @@ def test_weight_and_bonus_act_where_the_method_says():
     assert text == (ablations.KEPT / "mechanisms.md").read_text()
     powers = [float(x) for x in re.findall(r"power ([\d.]+), with the weight ([\d.]+)\.", text)[0]]
     assert powers == pytest.approx([.5, 1.5], abs=.1)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if " of 8 " in line]
-    acts = [float(row[-1]) for row in rows]
+    acts = [float(row[-1]) for row in cells(text) if row[0].endswith(" of 8")]
     assert acts[0] == acts[8] == 0 < acts[1] < min(acts[2:8])
-
-
-def cells(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
 def test_tables_follow_from_the_kept_runs(tmp_path):
@@ -89,6 +87,5 @@ def test_the_readme_shows_what_the_runs_came_to():
         for row in rows:
             folder = ablations.name_of(row, 0).removesuffix("-seed0")
             one, two = (next(line for line in part if line[0] == folder) for part in (made[:second], made[second:]))
-            wanted = [cell.replace("-", "") if cell == "-" else cell
-                      for cell in [*(one[i] for i in places), *(two[i] for i in more)]]
+            wanted = ["" if cell == "-" else cell for cell in [*(one[i] for i in places), *(two[i] for i in more)]]
             assert wanted in [line[2:] for line in readme if line[0] == row], f"{name}: {row}: {wanted}"
