@@ -261,6 +261,23 @@ def partial(run: Path) -> bool:
     return (run / "checkpoint.partial").exists()
 
 
+def freeze_in_a_save(process, run: Path, skip: int, within: float) -> None:
+    """Lets `skip` saves go by, then stops the process in the middle of one: what was stopped is looked at, and sent on
+    where the save had ended meanwhile, so how fast the machine saves decides nothing."""
+    for here in [False, True] * (skip + 1):
+        while process.is_alive() and partial(run) != here:
+            time.sleep(0.0005)
+    time.sleep(within)
+    while process.is_alive():
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.01)  # (a system call under way ends first)
+        if partial(run):
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        while process.is_alive() and not partial(run):
+            time.sleep(0.0005)
+
+
 @pytest.fixture
 def brief(small) -> list[str]:
     return [*small, "--max-response-tokens", "24", "--eval-samples", "1", "--save-every", "1"]
@@ -279,10 +296,7 @@ def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
         for kill in range(2):
             process = start(brief, run)
             if (n + kill) % 2:
-                for here in [False, True] * rng.randint(1, 3):  # into the middle of one of the next three saves
-                    while process.is_alive() and partial(run) != here:
-                        time.sleep(0.0005)
-                time.sleep(rng.uniform(0, 0.05))
+                freeze_in_a_save(process, run, skip=rng.randrange(3), within=rng.uniform(0, 0.05))
             else:
                 process.join(rng.uniform(0.2, seconds))
             process.kill()
@@ -295,7 +309,7 @@ def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
         assert last.exitcode == 0
         same_run(run, tmp_path / "whole")
     print(f"\n20 kills, {saving} of them in the middle of saving; a run takes {seconds:.1f} s")
-    assert saving >= 5
+    assert saving >= 5, "every odd run's first kill; the even runs' second may come after the last save"
 
 
 @pytest.mark.slow
