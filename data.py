@@ -29,7 +29,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
 # System prompts. The paper's own wording was never released; what is known is the order of the tags (method.md, 1).
@@ -82,6 +82,8 @@ class Record:
         if not golds or not all(plain(gold) for gold in golds):
             fail(f"its answer is empty: {self.answer!r}")
         choices = tuple(str(choice) for choice in self.choices)
+        if len(choices) > len(ascii_uppercase):
+            fail(f"it has {len(choices)} choices, more than there are letters")
         kind = self.answer_type or infer_answer_type(golds, choices)
         if kind not in ANSWER_TYPES:
             fail(f"answer type {kind!r} is none of {', '.join(ANSWER_TYPES)}")
@@ -414,7 +416,8 @@ def settle(name: str, good: list[Record], bad: list[str], skip_bad: bool) -> lis
     count = f"{name}: {len(bad)} of {len(good) + len(bad)} records cannot be used"
     if bad and not (skip_bad and good):
         more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ValueError(f"{count}:\n  " + "\n  ".join(bad[:10]) + more + "\nmend or remove them, or pass --skip-bad")
+        remedy = "mend or remove them" + ", or pass --skip-bad" * (not skip_bad)
+        raise ValueError("\n".join([f"{count}:", *(f"  {line}" for line in bad[:10])]) + f"{more}\n{remedy}")
     if bad:
         print(*(f"dropped: {line}" for line in bad), f"{count} and were dropped", sep="\n", file=sys.stderr)
     return good
@@ -435,14 +438,14 @@ def _read(tables: Iterable[tuple[str, tuple, Iterator]], convert: Callable[[dict
             for number, row in rows:
                 made = _made(row, convert, folders, f"{source or Path(name).stem}-{number}", source)
                 if isinstance(made, Record) and made.id in seen:
-                    made = Dropped(made.id, "repeated id", f"the id {made.id!r} is taken; give every record its own "
-                                   "id, or none an id", made.images)
+                    made = Dropped(made.id, "repeated id", f"the id {made.id!r} is taken; give every record an id of "
+                                   "its own", made.images)
                 if isinstance(made, Dropped):
                     made = made._replace(detail=f"{name}, {unit} {number}: {made.detail}")
                 else:
                     seen.add(made.id)
                 yield made
-        except (OSError, ValueError, csv.Error, pa.ArrowException) as error:  # not of a record but of the whole file
+        except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:  # of the whole file
             raise ValueError(f"{name}: cannot be read: {error}; was it copied whole? is its suffix right?") from error
 
 
@@ -465,7 +468,8 @@ def _made(row: dict | bytes, convert: Callable[[dict], dict | Dropped], folders:
         question = fields.get("question")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("its question is empty")
-        reason = "unverifiable" if str(fields.get("answer") or "").strip(" []()") else "null gold"
+        gold = fields.get("answer")
+        reason = "null gold" if gold is None or not str(gold).strip(" []()") else "unverifiable"
         record = Record(id=record_id, images=images, **{"source": source} | fields)
         reason = "malformed row"  # a lone surrogate, half of a cut emoji, would fail much later, and so would dates
         json.dumps([record.id, record.source, record.text, record.golds, record.meta], ensure_ascii=False).encode()
@@ -494,7 +498,11 @@ def _tables(path_or_id: str, split: str | None = None) -> Iterator[tuple[str, tu
         if split:  # test-00000-of-00002.parquet, test.jsonl, but not testmini; a lone file has any name
             of_split = [file for file in files if re.fullmatch(rf"(?:{split})(?:-\d+-of-.*)?", file.stem)]
             parquet = [[file for file in some if file.suffix == ".parquet"] for some in (of_split, files)]
-            files = parquet[0] or of_split or parquet[1]
+            lone = next((some for some in (parquet[1], files) if len(some) == 1), [])
+            if files and not of_split and not lone:
+                raise ValueError(f"{path}: none of its files is of the split {split}: "
+                                 f"{', '.join(file.name for file in files[:10])}; give the one that is")
+            files = parquet[0] or of_split or lone
         else:
             files = [file for file in files if file.name == "ladder.parquet"] or files
         if not files:
@@ -608,6 +616,8 @@ def _tsv_rows(file: Path) -> Iterator[dict]:
             index = row.pop("index")
             image = pictures[index] = pictures.get(image, image)  # the index of an earlier row stands for its picture
             images = ["data:;base64," + item.strip(" '\"") for item in image.strip("[]").split(",")] if image else []
+            if not images and (paths := row.pop("image_path", None)):
+                images = ast.literal_eval(paths) if paths.startswith("[") else [paths]
             options = [row.pop(letter, None) or "" for letter in ascii_uppercase]
             while options and not options[-1]:
                 options.pop()
@@ -667,6 +677,9 @@ def _foreign_fields(row: dict, kind: str) -> dict:
     else:
         question, images = _chat(json.loads(row[kind]) if kind == "message" else row["prompt"])
         gold = row[kind]["ground_truth"] if kind == "reward_model" else gold
+    if lost := [str(x) for x in row.get("choices") or row.get("options") or () if str(x) not in str(question)]:
+        raise ValueError(f"its options {lost} do not stand in its text, where {FORMATS[kind]} has them; write them "
+                         "there, or write `question` in place of `" + kind + "`")
     gold = _final_answer(gold)
     if isinstance(gold, str) and len(gold.split()) > 8 and infer_answer_type((gold,), ()) == "text":
         raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
@@ -842,25 +855,22 @@ def _mathv360k(row: dict) -> dict:
             "images": row["image"], "meta": {"id": row.get("id"), "subset": row["image"].split("/")[0]}}
 
 
-def read_published(path_or_id: str | None = None, *, source: str, hub_id: str, split: str,
-                   convert: Callable[[dict], dict | Dropped]) -> Iterator[Record | Dropped]:
-    """Every record of a published data set, one at a time: of its hub id (perhaps with @split) or a local copy."""
-    return _read(_tables(path_or_id or hub_id, split), convert, source)
-
-
 def read_scemqa(path: str) -> Iterator[Record | Dropped]:
     """SceMQA, of a clone of its repository: two JSON files of {subject: [row, ...]}, pictures beside them."""
     def rows(file: Path) -> Iterator[tuple[int, dict]]:
         subjects = json.loads(file.read_bytes())
-        flat = (row | {"subject": subject, "number": number} for subject, some in subjects.items()
-                for number, row in enumerate(some, 1))
-        return enumerate(flat, 1)
+        if not isinstance(subjects, dict):
+            raise ValueError("it holds no subjects")
+        flat = (row | {"subject": subject, "number": number} if isinstance(row, dict) else row
+                for subject, some in subjects.items() for number, row in enumerate(some, 1))
+        yield from enumerate(flat, 1)
 
     root = Path(path)
     files = sorted(root.rglob("multiple_choice.json")) + sorted(root.rglob("free_response.json"))
-    files = files or [root] if root.exists() else []
+    files = files or [root] if files or root.is_file() else []
     if not files:
-        raise ValueError(f"{path}: no such file or folder; SceMQA is no hub data set: clone GitHub's SceMQA/SceMQA")
+        raise ValueError(f"{path}: no multiple_choice.json or free_response.json; SceMQA is no hub data set: clone "
+                         "GitHub's SceMQA/SceMQA")
     return _read(((str(file), (file.parent,), rows(file)) for file in files), _scemqa, "scemqa")
 
 
@@ -909,7 +919,7 @@ def _mathvista(row: dict) -> dict:
               "choices": choices, "images": row.get("decoded_image") or row["image"],
               "meta": _meta(row["metadata"], "task", "skills", "source", "category", "grade", "language")}
     if row["question_type"] == "multi_choice":  # the gold is the text of a choice, be it "A" as the third of them
-        return fields | {"answer": LETTERS[choices.index(gold)] if gold in choices else gold}
+        return fields | {"answer": ascii_uppercase[choices.index(gold)] if gold in choices else gold}
     kind = {"integer": "number", "float": "number", "list": "list"}.get(row["answer_type"], "")
     known = row["answer_type"] == "float" and precision is not None and precision == precision  # (nan is not)
     return fields | {"answer": gold, "answer_type": kind, "precision": int(precision) if known else None}
@@ -948,8 +958,9 @@ def _mmstar(row: dict) -> dict:
         "id": row["index"], "images": row["image"], "meta": _meta(row, "category", "l2_category")}
 
 
-def _published(source: str, hub_id: str, split: str, convert: Callable) -> Callable:
-    return partial(read_published, source=source, hub_id=hub_id, split=split, convert=convert)
+def _published(source: str, hub_id: str, split: str, convert: Callable[[dict], dict | Dropped]) -> Callable:
+    """-> the reader of a published data set, of its hub id (perhaps with @split) or of a local copy."""
+    return lambda path_or_id=None: _read(_tables(path_or_id or hub_id, split), convert, source)
 
 
 SOURCES: dict[str, Callable[[str], Iterator[Record | Dropped]]] = {  # what NeuraLadder was made of
@@ -981,20 +992,30 @@ class Prompt:
     grid: torch.Tensor | None  # [I, 3] int64, patches of each picture in time, height, width
 
 
-def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Image:
-    """A picture, given as PIL image, Picture, path or bytes -> RGB PIL image (transparency becomes white).
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has more, and runs Ghostscript for EPS
 
-    Raises ValueError naming the record when the picture is missing, truncated, absurdly large or thin.
+
+def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Image:
+    """A picture, given as PIL image, Picture, path or bytes -> RGB PIL image, as a camera was held (EXIF), of 8 bits;
+    transparency becomes white.
+
+    Raises ValueError naming the record when the picture is missing, truncated, absurdly large or thin, in none of
+    PICTURE_FORMATS, or of numbers whose range nobody knows.
     """
     try:
         image = image.read() if isinstance(image, Picture) else image
         if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=PICTURE_FORMATS)
         width, height = image.size  # known from the header: nothing is decompressed before the checks
         if width * height > max_megapixels * 1e6:
             raise ValueError(f"{width} x {height} is over {max_megapixels:.0f} megapixels; shrink the picture")
         if max(width, height) > 200 * min(width, height):  # the limit of Qwen's image processors
             raise ValueError(f"{width} x {height} is thinner than 1:200; crop or pad the picture")
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels are of mode {image.mode}, whose range nobody knows; save it as 8 bits")
+        if image.mode.startswith("I;16"):  # (convert would cut at 255, and all would be white)
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -1022,7 +1043,8 @@ class Processor:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-            self.image_id: int = self.tokenizer.get_vocab()["<|image_pad|>"]
+            vocab = self.tokenizer.get_vocab()
+            self.image_id: int = vocab["<|image_pad|>"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path}: not a Qwen vision-language model, or incomplete, and nothing of that name can "
                              f"be fetched ({error!r}); --model wants such a model's folder or hub id") from error
@@ -1031,7 +1053,6 @@ class Processor:
             if max_pixels < smallest:
                 raise ValueError(f"max_pixels {max_pixels} is below the image processor's minimum {smallest}")
             self.image_processor.size = {"shortest_edge": smallest, "longest_edge": max_pixels}
-        vocab = self.tokenizer.get_vocab()
         self.vision_ids: list[int] = [vocab[t] for t in self.VISION_TOKENS if t in vocab]
         stops = ("<|im_end|>", "<|endoftext|>", self.tokenizer.eos_token)  # chat models end with any of them
         self.stop_ids: list[int] = sorted({vocab[t] for t in stops if t in vocab})
@@ -1149,6 +1170,8 @@ def read_held(benchmarks: str) -> Held:
 
     def look(made: Record | Dropped) -> list[tuple]:
         seen = []
+        if getattr(made, "reason", "") == "picture unreadable":
+            print(f"--exclude cannot look for the picture of {made.id}: {made.detail}", file=sys.stderr)
         for picture in made.images:
             try:
                 image = open_image(picture, made.id)
@@ -1163,10 +1186,14 @@ def read_held(benchmarks: str) -> Held:
         if name not in BENCHMARKS:
             raise ValueError(f"--exclude {name}: no benchmark of that name; there are {', '.join(BENCHMARKS)}")
         rows = tqdm(BENCHMARKS[name](path or None), desc=f"reading {name}", unit=" records")
+        before = len(ids)
         with ThreadPoolExecutor() as pool:
             for batch in batches(rows):
                 ids.update(made.id for made in batch if getattr(made, "reason", "") != "malformed row")  # a made-up id
                 found += itertools.chain.from_iterable(pool.map(look, batch))
+        if len(ids) == before:
+            raise ValueError(f"--exclude {benchmark}: no row there is one of {name}, and nothing would be excluded; "
+                             "give the benchmark as it is published")
     found.sort(key=lambda item: item[0])
     return Held(frozenset(ids), np.array([shape for shape, _, _ in found]),
                 np.array([thumbnail for _, thumbnail, _ in found], np.int16).reshape(-1, 256),
@@ -1239,5 +1266,5 @@ if __name__ == "__main__":
 
     try:
         command()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -68,11 +68,12 @@ from data import (
     batches,
     normal_text,
     open_image,
-    parse_number,
+    parse_items,
     read_any,
     settle,
+    split_number,
 )
-from rewards import TAGS, judged, named_option, score, section
+from rewards import TAGS, bare, judged, named_option, score, section
 from rollout import best_device, load_policy, sample_groups
 
 TOY = Path(__file__).resolve().parent / "assets/toy/test.parquet"
@@ -89,7 +90,7 @@ class Sample:
     format: float
     observation: float | None  # share of the picture's facts that <observe> states; None where they are not known
     tokens: int | None  # None: another engine wrote it and did not say
-    truncated: bool
+    truncated: bool | None  # None: another engine did not say
     sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>; None: not counted
 
 
@@ -133,7 +134,7 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
 
 
 def judge(text: str, record: Record, style: str, processor: Processor | None = None, tokens: int | None = None,
-          truncated: bool = False) -> Sample:
+          truncated: bool | None = None) -> Sample:
     """One response -> scored, its sections counted where a processor tells what a token is."""
     def count(part: str) -> int:
         return len(processor.tokenizer(part, add_special_tokens=False).input_ids)
@@ -265,8 +266,9 @@ def summarize(results: list[Result]) -> dict:
     for result in results:
         if isinstance(result.record, Record) and result.record.difficulty is not None:
             levels.setdefault(result.record.difficulty, []).append(result)
+    own = sorted(results, key=lambda r: isinstance(r.record, Record))  # (a row may be dropped for another's id)
     return scores(results) | {"levels": {f"{level:.3f}": scores(levels[level]) for level in sorted(levels)},
-                              "by_problem": {r.record.id: r.accuracy for r in results}}
+                              "by_problem": {r.record.id: r.accuracy for r in own}}
 
 
 def interval(groups: list[list[Result]], get: Callable[[Result], float] = lambda r: r.accuracy, draws: int = 2000,
@@ -294,18 +296,23 @@ def drawn(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
 
 
 def vote(answer: str, record: Record) -> str:
-    """What equal answers share: the option's letter, the number, or the text."""
-    answer = answer[:MAX_ANSWER + 1]
+    """What equal answers share: the option's letter, the number with its unit, the items of a list, or the text."""
+    answer = bare(answer[:MAX_ANSWER + 1])
     option = named_option(answer, record.choices) if record.answer_type == "choice" else None
     if option is not None:
         return ascii_uppercase[option]
-    number = parse_number(answer)
-    return normal_text(answer) if number is None else f"{number:.6g}"
+    items = parse_items(answer)[1] if record.answer_type == "list" and parse_items(answer) else (answer,)
+    numbers = [split_number(item, known_units=False) for item in items]
+    return ", ".join(f"{number[0]:.9g}{number[1]}" if number else normal_text(item)
+                     for item, number in zip(items, numbers))
 
 
 def majority_right(result: Result) -> float:
-    """1 or 0: is the answer that most samples give right? Tied answers share; what cannot be read has no vote."""
-    votes = [(vote(s.answer, result.record), s.correct) for s in result.samples if s.answer is not None]
+    """1 or 0: is the answer that most samples give right? Tied answers share; what cannot be read has no vote. Right
+    ones are equal, however they are written, where there is one gold."""
+    one = len(result.record.golds) == 1 if result.samples else False
+    votes = [("right" if one and s.correct else f"= {vote(s.answer, result.record)}", s.correct)
+             for s in result.samples if s.answer is not None]
     counts = Counter(answer for answer, _ in votes)
     return mean(right for answer, right in votes if counts[answer] == max(counts.values())) or 0.0
 
@@ -665,10 +672,10 @@ def read_runs(folder: Path) -> list[Run]:
             beside |= {"groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes": seconds / 60}
         return [Run(folder, str(config["seed"]), settings, columns(scores["after"]), columns(scores["before"]), beside)]
     asked = scores["settings"]
-    trained = asked["trained"] or {}
+    trained = {} if asked["responses"] else asked["trained"] or {}  # (a model beside responses only counts tokens)
     settings = {key: value for key, value in asked.items() if key not in UNEQUAL} | {
         f"trained with {key}": value for key, value in trained.items() if key not in UNEQUAL or key == "model"}
-    settings["model"] = "a checkpoint of train.py" if trained else asked["model"] or asked["responses"]
+    settings["model"] = asked["responses"] or ("a checkpoint of train.py" if trained else asked["model"])
     runs: dict[str, dict] = {}
     for s in scores["scores"]:
         runs.setdefault(s["prompt"], {})[f"{s['benchmark']}, {s['sampling']}"] = {
@@ -903,6 +910,8 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
         made = BENCHMARKS[name](path or None)
     elif spec == "toy" or Path(spec).exists() or "@" in spec:
         name, made = Path(spec).stem, read_any(str(TOY) if spec == "toy" else spec)
+        if spec != "toy" and name in ("toy", *BENCHMARKS):  # a file of one's own, which is not scored as these are
+            name = f"{Path(spec).resolve().parent.name}-{name}"
     else:
         raise ValueError(f"--benchmark {spec}: no benchmark of that name (there are toy, {', '.join(BENCHMARKS)}; "
                          "name=PATH reads a local copy), no file or folder here, and no hub id with its split "
@@ -1007,21 +1016,25 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     for number, line in enumerate(lines, 1):
         try:
             line = json.loads(line) if isinstance(line, str) else line
-            name, texts, tokens = str(line["id"]), line["response"], line.get("tokens")
+            name, texts, tokens, cut = str(line["id"]), line["response"], line.get("tokens"), line.get("truncated")
             texts = texts if isinstance(texts, list) else [texts]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError("its response is no text and no list of texts")
             if not isinstance(tokens, (int, float, type(None))):
                 raise ValueError(f"its tokens are {tokens!r}, where a number is needed")
+            if not isinstance(cut, (bool, type(None))):
+                raise ValueError(f"its truncated is {cut!r}, where true or false is needed")
+            "".join(texts).encode()  # a lone surrogate, half of a cut emoji, would fail once all is scored
             if name not in known:
                 raise ValueError(f"{benchmark} has no problem {name!r}; its ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
                 jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
             found.setdefault(known[name], []).extend(
-                {"text": text, "tokens": tokens if len(texts) == 1 else None} for text in texts)
+                {"text": text, "tokens": tokens if len(texts) == 1 else None, "truncated": cut}
+                for text in texts)
         except KeyError as error:
             bad.append(f"line {number}: it has no {error}; write id and response")
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {number}: {error}")
     most = max(map(len, found.values()), default=0)
     bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
@@ -1038,9 +1051,9 @@ def given(job: Job, rows: list[Record | Dropped], path: str, processor: Processo
     if missing := [row.id for row in rows if row.id not in found]:
         tqdm.write(f"{len(missing)} of {len(rows)} problems have no response and count as wrong: "
                    f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}", file=sys.stderr)
-    nothing = [{"text": "", "tokens": None}] * len(next(iter(found.values())))
+    nothing = [{"text": "", "tokens": None, "truncated": None}] * len(next(iter(found.values())))
     return [Result(row, [] if isinstance(row, Dropped) else [
-        judge(r["text"], row, job.prompt, processor, r["tokens"]) for r in found.get(row.id, nothing)])
+        judge(r["text"], row, job.prompt, processor, r["tokens"], r["truncated"]) for r in found.get(row.id, nothing)])
         for row in tqdm(rows, desc="scoring", unit="problem")]
 
 

@@ -113,6 +113,11 @@ def _after(opening: re.Pattern, text: str) -> str:
     return text[match.end():] if match else text
 
 
+def bare(answer: str) -> str:
+    """An answer without the "the answer is" and the "x =" that judging overlooks."""
+    return _after(ASSIGNED, _after(PHRASE, plain(answer)))
+
+
 # --- judging an answer -----------------------------------------------------------------------------------------------
 
 

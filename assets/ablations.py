@@ -38,6 +38,7 @@ from rewards import Score, group_rewards  # noqa: E402
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
 TEST = OUT / "held-out/measured.parquet"
+SEEDS = 8
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
     "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
@@ -140,7 +141,7 @@ def keep(folder: Path) -> None:
     (kept / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
-def mechanisms(seeds: int = 4) -> str:
+def mechanisms(seeds: int) -> str:
     """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
@@ -207,7 +208,7 @@ def by_difficulty(seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of each row, from 0")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import TOY
 from PIL import Image
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
@@ -32,7 +33,9 @@ from eval import (
     read_runs,
     samplings,
     scores_of,
+    summarize,
 )
+from rewards import answer_matches
 
 
 def answered(benchmark: str, path: str, *answers: str | list[str]) -> list[Result]:
@@ -155,15 +158,20 @@ def test_mmstar_by_hand(tmp_path):
 
 def result(name: str, *answers: str | None, gold: str = "3", **meta) -> Result:
     record = Record(name, "?", gold, meta=meta)
-    return Result(record, [Sample("", a, a == gold, 1.0, None, 5, False) for a in answers])
+    return Result(record, [Sample("", a, a is not None and answer_matches(a, record), 1.0, None, 5, False)
+                           for a in answers])
 
 
 def test_avg_maj_and_pass_at_k_by_hand():
     three = result("a", "3", "3", "5", "5.0")  # "5" and "5.0" are one answer: a tie of two and two
     one = result("b", "3", None, None, "7")
     assert (three.accuracy, majority_right(three), majority_right(one)) == (.5, .5, .5)
-    assert majority_right(result("c", "3", "3.0", "7")) == .5, "what is said of an answer is a mean over who said it"
     assert majority_right(result("d", None, None)) == 0
+    for gold, *answers in (("3", "x = 3", "3.0", "7", "The answer is 7"), ("[1, 2]", "1, 2", "[1,2]", "[3, 4]", "3, 4"),
+                           ("0.5", "50%", "0.5", "7", "7"), ("$\\sqrt{2}$", "√2", "\\sqrt{2}", "2.5", "2.50"),
+                           ("3", "3", "3", "12 m", "12 cm", "1234567", "1234568")):
+        tie = .5 if len(answers) == 4 else 1  # equal ones written otherwise, and unequal ones that look alike
+        assert majority_right(result("e", *answers, gold=gold)) == tie, gold
     assert [pass_at(three, k) for k in (1, 2, 4)] == pytest.approx([.5, 1 - 1 / 6, 1])
     assert [pass_at(one, k) for k in (1, 2, 4)] == pytest.approx([.25, .5, 1])
     scores = scores_of("x", [three, one])
@@ -213,11 +221,14 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
     assert scores["accuracy"] == 3 / 8 and scores["unreadable"] == 4 / 8 and scores["length"] is None
     (tmp_path / "a.tsv").write_text("index\tquestion\tprediction\n1\tx\t\"<answer>\n3</answer>\"\n")
     assert read_responses(str(tmp_path / "a.tsv"), "mathvista", rows) == {
-        "mathvista-1": [{"text": "<answer>\n3</answer>", "tokens": None}]}
+        "mathvista-1": [{"text": "<answer>\n3</answer>", "tokens": None, "truncated": None}]}
+    assert scores["truncated"] is None, "not said is not never"
     for row, message in (({"id": "9", "response": "x"}, "line 2: mathvista has no problem '9'"),
                          ({"id": "1"}, "line 2: it has no 'response'"),
                          ({"id": "1", "response": 3}, "line 2: its response is no text"),
                          ({"id": "1", "response": "3", "tokens": "12"}, "line 2: its tokens are '12'"),
+                         ({"id": "1", "response": "3", "truncated": "no"}, "line 2: its truncated is 'no'"),
+                         ({"id": "1", "response": "\ud83d"}, "line 2: .* surrogates not allowed"),
                          ("text", "line 2: "),
                          ({"id": "2", "response": ["a", "b"]}, "mathvista-1: 1 responses, others have 2")):
         with pytest.raises(ValueError, match=message):
@@ -433,3 +444,26 @@ def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
     printed = capsys.readouterr().out
     assert "| benchmark" not in printed, "where a copy lies is no setting: its data tell what was asked"
     assert "mathvista, given, %" in printed and "-50.0 [-100.0, +0.0] | 4" in printed
+
+
+def test_answers_of_two_engines_are_two_settings(command, tmp_path, vista, capsys):
+    """Counted with one model's tokens they were taken for two seeds of it."""
+    for seed, answers in enumerate(("3333", "4444")):
+        path = lines(tmp_path / f"{seed}.jsonl", *({"id": i, "response": a} for i, a in enumerate(answers, 1)))
+        command("--benchmark", f"mathvista={vista}", "--responses", path, "--model", TOY / "model", "--seed",
+                seed, "--out", tmp_path / str(seed))
+    compare([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "out")])
+    table = capsys.readouterr().out.split("| setting")[1]
+    assert table.count(" | 1     | ") == 2, "a row each, of one seed"
+
+
+def test_a_file_of_ones_own_is_no_published_benchmark(tmp_path):
+    """Called toy.jsonl it would be cut at 160 tokens, called mathvista.jsonl its bad golds would pass for published."""
+    for stem in ("toy", "mathvista"):
+        name, _ = read_benchmark(lines(tmp_path / f"{stem}.jsonl", {"question": "1 + 1?", "answer": "2"}), None)
+        assert name == f"{tmp_path.name}-{stem}"
+
+
+def test_a_dropped_row_with_the_id_of_another_does_not_speak_for_it():
+    right = result("a", "3")
+    assert summarize([right, Result(Dropped("a", "repeated id", ""), [])])["by_problem"] == {"a": 1.0}

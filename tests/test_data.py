@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +32,12 @@ def png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return start + struct.pack(">I", 1 << 20) + b"IDAT"
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
 
 
 def files(record: Record) -> tuple:
@@ -196,6 +203,24 @@ def test_vlmevalkit_table(tmp_path):
     assert again.id == "1000000" and again.images == first.images and again.choices == ("red", "blue", "green")
     assert both.images == (noise.getvalue(), png()) and both.choices == ()
     assert bare.images == ()
+    (tmp_path / "MMBench.tsv").write_text("index\timage_path\tquestion\tanswer\n0\ta.png\tQ?\t1\n"
+                                          "1\t['a.png', 'b.png']\tQ?\t1\n")
+    assert [[Path(p).name for p in r.images] for r in load_records(str(tmp_path / "MMBench.tsv"))] == [
+        ["a.png"], ["a.png", "b.png"]]
+
+
+def test_options_beside_a_text_without_them_are_not_lost(tmp_path):
+    told = "its options \\['red', 'blue'\\] do not stand in its text"
+    with pytest.raises(ValueError, match=told):
+        load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which?", "answer": "B", "choices": ["red", "blue"]}))
+    [record] = load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which? A. red B. blue", "answer": "B",
+                                                         "options": ["red", "blue"]}))
+    assert record.answer == "B"
+
+
+def test_more_options_than_letters_are_refused():
+    with pytest.raises(ValueError, match="27 choices"):
+        Record("a", "?", "B", choices=tuple(map(str, range(27))))
 
 
 def test_vlmevalkit_row_with_broken_base64_is_one_bad_record(tmp_path, capsys):
@@ -445,7 +470,9 @@ def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
     (png_header(12_000, 12_000), "over 100 megapixels"),
     (png_header(60_000, 60_000), "decompression bomb"),
     (png(size=(2010, 10)), "thinner than 1:200"),
-], ids=["truncated", "missing", "no picture", "large", "bomb", "thin"])
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),  # Pillow would run Ghostscript on it
+    (encoded(Image.new("F", (2, 2), .5), "TIFF"), "of mode F, whose range nobody knows"),
+], ids=["truncated", "missing", "no picture", "large", "bomb", "thin", "program", "float"])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unusable_pictures_are_found_before_training_and_named(processor, picture, told, capsys):
     good, bad = Record("good", "?", "1", images=(png(),)), Record("bad", "?", "1", images=(png(), picture))
@@ -469,6 +496,19 @@ def test_every_mode_becomes_rgb_and_transparency_white(mode, color, shown):
     """A transparent diagram on black, Pillow's own choice, is black on black."""
     image = open_image(Image.new(mode, (2, 2), color), "a")
     assert (image.mode, image.getpixel((1, 1))) == ("RGB", shown)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut():
+    """Pillow's own conversion cuts at 255, and nearly all of a picture is white."""
+    ramp = Image.fromarray(np.array([[0, 0x4000, 0x8000, 0xffff]], np.uint16))
+    assert np.asarray(open_image(encoded(ramp, "PNG"), "a"))[0, :, 0].tolist() == [0, 64, 128, 255]
+
+
+def test_a_photograph_stands_as_the_camera_was_held():
+    """TRL and EasyR1 turn it, from the very same file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif), "a").size == (20, 40)
 
 
 def test_palette_with_a_transparent_colour_becomes_white():

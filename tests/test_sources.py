@@ -102,6 +102,14 @@ def test_a_split_is_not_taken_for_another(tmp_path):
     assert list(told(list(SOURCES["mathvision"](str(tmp_path))))) == ["mathvision-10", "mathvision-11"]
     assert [r.id for r in SOURCES["mathvision"](str(tmp_path / "data/testmini-00000-of-00001.parquet"))] == [
         "mathvision-1"]
+    (tmp_path / "data/test-00000-of-00002.parquet").rename(tmp_path / "data/train-00000-of-00001.parquet")
+    (tmp_path / "data/test-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="none of its files is of the split test: testmini.*, train"):
+        list(SOURCES["mathvision"](str(tmp_path)))
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "MathVision.jsonl").write_text(json.dumps(mathvision_row(1, decoded_image=None, image=[])) + "\n")
+    assert list(told(list(SOURCES["mathvision"](str(lone))))) == ["mathvision-1"], "a lone file has any name"
 
 
 def test_mathvision_of_github_is_json_beside_its_pictures(tmp_path):
@@ -266,6 +274,16 @@ def test_sources_that_are_no_hub_data_say_what_to_do(tmp_path):
         SOURCES["scemqa"]("SceMQA/SceMQA")
     with pytest.raises(ValueError, match="unpack data_images.zip"):
         SOURCES["mathv360k"]("Zhiqiang007/MathV360K")
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]", '{"Math": ["no row"]}', "[" * 100_000])
+def test_a_broken_file_of_scemqa_is_named(tmp_path, content):
+    (tmp_path / "free_response.json").write_text(content)
+    with pytest.raises(ValueError, match="free_response.json|not a str"):
+        [found] = SOURCES["scemqa"](str(tmp_path))
+        raise ValueError(found.detail)
+    with pytest.raises(ValueError, match="no multiple_choice.json"):
+        SOURCES["scemqa"](str(tmp_path.parent / "nothing"))
 
 
 def test_a_long_json_list_is_read_item_by_item(tmp_path):
@@ -443,6 +461,16 @@ def test_exclusion_by_id_and_by_picture(tmp_path):
 def test_unknown_benchmark_is_told_with_the_known():
     with pytest.raises(ValueError, match="no benchmark of that name; there are mathvista, mathvision"):
         read_held("mathvist")
+
+
+def test_a_benchmark_that_would_exclude_nothing_is_refused(tmp_path, capsys):
+    """A leak that the option is there to stop, and no word of it."""
+    (tmp_path / "wrong.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="no row there is one of mathvista, and nothing would be excluded"):
+        read_held(f"mathvista={tmp_path / 'wrong.jsonl'}")
+    (tmp_path / "far.jsonl").write_text(json.dumps(mathvista_row(1, image="https://x.org/1.png", decoded_image=None)))
+    assert read_held(f"mathvista={tmp_path / 'far.jsonl'}").ids == {"mathvista-1"}
+    assert "cannot look for the picture of mathvista-1: " in capsys.readouterr().err
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
