@@ -46,7 +46,6 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 
@@ -541,11 +540,9 @@ def level_complexity(ladder: list[Record]) -> np.ndarray:
     return np.array([np.mean(level) if level else np.nan for level in levels])
 
 
-def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, paper_complexity, path: Path) -> None:
-    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard.
-
-    table: [S, L] problems by stage and level; complexity: [L] mean tokens, nan for an empty level; mixing: [S, L].
-    """
+def plot_ladder(ladder: list[Record], path: Path) -> None:
+    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard."""
+    table = stage_table(ladder)  # [S, L] problems
     stages, levels = table.shape
     names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
     figure = Figure(figsize=(16, 9), layout="constrained")
@@ -553,12 +550,12 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
                                  height_ratios=[5, 3])
     shares = axes["shares"]
     shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
-    shares.plot(range(levels), paper_shares, "_", color="black", markersize=24, label="share, paper")
+    shares.plot(range(levels), PAPER_SHARES, "_", color="black", markersize=24, label="share, paper")
     shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
                xticklabels=names)
     tokens = shares.twinx()
-    tokens.plot(range(levels), complexity, "o-", color="C1", label="complexity")
-    tokens.plot(range(levels), paper_complexity, "--", color="C1", alpha=.6, label="complexity, paper")
+    tokens.plot(range(levels), level_complexity(ladder), "o-", color="C1", label="complexity")
+    tokens.plot(range(levels), PAPER_COMPLEXITY, "--", color="C1", alpha=.6, label="complexity, paper")
     tokens.set(ylabel="complexity, tokens", ylim=(0, None))
     shares.legend(loc="upper left")
     tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
@@ -568,8 +565,8 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
     mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
     for stage in range(stages):
         for level in range(levels):
-            if table[stage, level] or mixing[stage, level]:
-                mix.text(level, stage, f"{own[stage, level]:.3f}\n({mixing[stage, level]:.3f})", ha="center",
+            if table[stage, level] or MIXING[stage, level]:
+                mix.text(level, stage, f"{own[stage, level]:.3f}\n({MIXING[stage, level]:.3f})", ha="center",
                          va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
     mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
             xticks=range(levels), xticklabels=names, yticks=range(stages),
@@ -579,7 +576,7 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
         axis = axes[str(level)]
         axis.set_axis_off()
         axis.set_anchor("N")
-        at_level = sorted((r for r in ladder if round(r.difficulty * (levels - 1)) == level and r.images),
+        at_level = sorted((r for r in ladder if level_of(r) == level and r.images),
                           key=lambda r: (r.complexity, r.id))
         if at_level:
             example = at_level[len(at_level) // 2]
@@ -592,10 +589,6 @@ def plot_ladder(ladder: list[Record], table, complexity, mixing, paper_shares, p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         figure.savefig(path, dpi=100)
-
-
-def draw(ladder: list[Record], path: Path) -> None:
-    plot_ladder(ladder, stage_table(ladder), level_complexity(ladder), MIXING, PAPER_SHARES, PAPER_COMPLEXITY, path)
 
 
 def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
@@ -621,12 +614,13 @@ def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
                 **{key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
                                                        "sampling_seed")}}
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data]
-    builds = [found["measured_by"] for folder in dict.fromkeys(folders) if (found := settings_of(folder))]
+    builds = [settings_of(folder).get("measured_by") for folder in dict.fromkeys(folders)]
+    unknown, builds = None in builds, [build for build in builds if build]
     for other in builds[1:]:
         if unlike := [key for key in builds[0] if key != "data" and builds[0][key] != other.get(key)]:
             raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
                              f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
-    known = builds[0] if builds else {"model": "unknown"}
+    known = {"model": "unknown" + " in part" * bool(builds)} if unknown else builds[0]
     whole = len(builds) == len(args.data) == 1 and args.limit is None
     return known if whole else known | {"data": data_digest(records)}
 
@@ -647,8 +641,6 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     if not 0 <= args.low_complexity < 1:
         raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
-    if 0 < torch.cuda.device_count() < (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        raise ValueError(f"{local} processes for {torch.cuda.device_count()} GPUs; start at most one on each")
     ladder = (args.out / "ladder.parquet").resolve()
     if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
         raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
@@ -707,7 +699,7 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     counts = report(ladder)
     bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
     save_records(str(args.out / "ladder.parquet"), bare)
-    draw(ladder, args.out / "ladder.png")
+    plot_ladder(ladder, args.out / "ladder.png")
     write_card(args.out / "README.md", ladder, counts, settings, notes)
     print(counts, "", *notes, f"-> {args.out}", sep="\n")
 
@@ -745,7 +737,7 @@ def show(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     ladder = load_records(args.ladder)
     print(report(ladder), "", *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
-    draw(ladder, args.out)
+    plot_ladder(ladder, args.out)
     print(f"-> {args.out}")
 
 

@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import re
+import struct
 import sys
 import threading
 from collections import Counter
@@ -1020,7 +1021,8 @@ def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Im
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG chunks
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        # (SyntaxError: broken PNG chunks; struct.error: broken EXIF)
         raise ValueError(f"record {record_id}: cannot use its picture: {error}") from error
 
 

@@ -119,7 +119,8 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
              max_tokens: int, max_rows: int = 256, seed: int = 0) -> Iterator[Result]:
     """Answer each problem `samples` times (temperature 0: greedy), scored by the judge of training, as results come.
 
-    At most max_rows responses, and the pictures of as many problems as these answer, are in memory at a time.
+    At most max_rows responses, but those to one problem, and the pictures of as many problems as these answer, are in
+    memory at a time.
     """
     per_chunk = max(1, max_rows // samples)
     for start in range(0, len(records), per_chunk):
@@ -147,8 +148,6 @@ def judge(text: str, record: Record, style: str, processor: Processor | None = N
 
 def load_both(path: str, max_pixels: int | None) -> tuple:
     """Model and processor, on this process's own GPU where there are any."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = best_device()
     model = load_policy(path, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model, Processor(path, max_pixels)

@@ -12,7 +12,7 @@ Departures from the official code (zrguo/Observe-R1), each with its reason:
  4. Answers are read without their tags: there, `<answer>0.5</answer>` and `<answer>42 ft</answer>` score 0.
  5. Golds and letters are read whole: there, gold "1228 142.67" is its last number, and a letter is a substring
     ("B. 10 m" passes, "B. 10 cm" fails because of the c, "that" passes for gold A).
- 6. Format is strict: there, text around the tags, empty tags and repeated tags pass.
+ 6. Format is strict: there, text around the tags, empty tags, repeated tags and <observe> inside of <think> pass.
  7. math-verify gets the gold first: it is asymmetric, and there the two are swapped.
  8. Equal rewards give an advantage of exactly 0: there, float noise over 1e-9 makes 0.9 out of eight rewards of 0.7.
  9. What is logged as the reward is the whole of it: there, the bonus is left out.
@@ -32,6 +32,7 @@ import threading
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from string import ascii_uppercase
 
 import torch
@@ -78,13 +79,14 @@ def section(text: str, tag: str) -> str | None:
 def observation_accuracy(text: str, record: Record, style: str) -> float | None:
     """Share of the picture's true facts that <observe> states, phrases it invents counted against it.
 
-    True facts: record.meta["facts"], such as ["red 3", "blue 5"]. None where none are known or none were asked for.
+    True facts: record.meta["facts"], such as ["red 3", "blue 5"], without the marks that part phrases: , ; | and a
+    full stop (2.5 may stand in one). None where none are known or none were asked for.
     """
     facts = record.meta.get("facts")
     if not facts or style != "observe":
         return None
     true = Counter(" ".join(fact.casefold().split()) for fact in facts)
-    phrases = re.split(r"[,;.\n|]", (section(text, "observe") or "").casefold())
+    phrases = re.split(r"[,;\n|]|\.(?!\d)", (section(text, "observe") or "").casefold())
     stated = Counter(" ".join(phrase.split()) for phrase in phrases if phrase.strip())
     return (true & stated).total() / max(true.total(), stated.total())
 
@@ -290,7 +292,7 @@ class Verifier:
         """memory: bytes that the worker may take beyond what its imports took."""
         self.timeout, self.memory = timeout, memory
         self.timeouts = 0  # for the log
-        self._known: dict[tuple[str, str | None], bool] = {}  # the answers of a group repeat themselves
+        self._asked = lru_cache(10_000)(self._ask)  # the answers of a group repeat themselves
         self._process = self._pipe = None
         self._lock = threading.Lock()
 
@@ -300,11 +302,7 @@ class Verifier:
         False too when it cannot be parsed, takes too long, or takes too much memory.
         """
         with self._lock:
-            if (gold, answer) not in self._known:
-                if len(self._known) >= 10_000:
-                    self._known.clear()
-                self._known[gold, answer] = self._ask(gold, answer)
-            return self._known[gold, answer]
+            return self._asked(gold, answer)
 
     def close(self) -> None:
         """End the worker; the next question starts another."""
@@ -372,8 +370,8 @@ def _work(pipe, timeout: float, memory: int) -> None:
         with open("/proc/self/statm") as pages:
             taken = int(pages.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-    except OSError:
-        pass  # no /proc on macOS: there the time-out alone must do
+    except (OSError, ValueError):
+        pass  # no /proc on macOS, or a limit of the system's own that is lower: the time-out alone must do
     pipe.send(True)
     while True:
         try:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -68,8 +69,17 @@ class Group:
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU. (Not Apple's: nothing here was ever tried on it.)"""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's own GPU where there are any, else the CPU. (Not Apple's: nothing here was ever tried on it.)
+
+    Raises ValueError where the processes of this machine are more than its GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > gpus:
+        raise ValueError(f"{local} processes for {gpus} GPUs; start at most one on each")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda")
 
 
 def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
@@ -191,10 +201,6 @@ class Slots:
             layer.keys = layer.values = None
         self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
 
-    @property
-    def size(self) -> int:
-        return self.keys[0].shape[2]
-
     def grow(self, count: int) -> None:
         for tensors in (self.keys, self.values):
             for i, t in enumerate(tensors):  # (one by one: never is more than one of them there twice)
@@ -215,7 +221,7 @@ class Slots:
 
     def mask(self) -> torch.Tensor:
         """[N, 1, 1, S]: the slots that are filled, the newest token's own among them."""
-        return (torch.arange(self.size, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        return (torch.arange(self.keys[0].shape[2], device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
 
 
 def capture(step: Callable) -> Callable:
@@ -301,7 +307,7 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
 @torch.no_grad()
 def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Record], prompts: list[Prompt], *,
                   samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
-    """Sample `samples` responses to each of P prompts, at most max_rows rows at a time -> P groups, in order.
+    """Sample `samples` responses to each of P prompts, at most max_rows rows, but a group, at a time -> P groups.
 
     A response depends on seed, record id and its number in the group, and on nothing that is sampled beside it (but
     for rounding): not on batch, order, max_rows or processes. No global random state is used.

@@ -139,7 +139,7 @@ class Config:
     max_prompt_tokens: int = setting(9216, "a longer prompt is refused, never cut")
     max_response_tokens: int = setting(8192, "a response is cut here")
     max_pixels: int = setting(2_560_000, "pictures of a larger area are shrunk to it")
-    rollout_rows: int = setting(256, "responses sampled at a time; less saves memory")
+    rollout_rows: int = setting(256, "responses sampled at a time, a group at least; less saves memory")
 
     # reward and weight
     format_weight: float = setting(0.5, "of the format reward")
@@ -229,6 +229,9 @@ def check_config(cfg: Config) -> None:
                  "max_response_tokens", "max_prompt_tokens", "max_pixels", "grad_clip", "keep", "eval_samples"):
         if not 0 < getattr(cfg, name) < math.inf:  # (nan is neither)
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0 and finite")
+    if cfg.rollout_rows < cfg.group_size:
+        raise ValueError(f"--rollout-rows {cfg.rollout_rows} is below --group-size {cfg.group_size}: a group is "
+                         "sampled together")
     for name in ("format_weight", "bonus", "sigma", "kl_coef", "clip_high", "save_every", "eval_limit"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be finite and not negative")
@@ -244,12 +247,9 @@ def parse_stages(text: str) -> range | None:
     """`all` -> None, `3` -> range(3, 4), `0-3` -> range(0, 4). Raises ValueError otherwise."""
     if text == "all":
         return None
-    try:
-        first, last = (text.split("-") * 2)[:2] if "-" not in text else text.split("-")
-        stages = range(int(first), int(last) + 1)
-    except ValueError:
-        stages = range(0)
-    if not stages or stages[-1] > 8:
+    found = re.fullmatch(r"([0-8])(?:-([0-8]))?", text)
+    stages = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not stages:
         raise ValueError(f"--stage {text}: must be all, a stage from 0 to 8, or a range such as 0-3")
     return stages
 
@@ -447,8 +447,6 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 def join_processes(cfg: Config) -> torch.device:
     """Meet the other processes of torchrun, where there are any -> this one's device."""
     device = best_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(hours=6)  # one rank may sample, or save, for long while others wait; the dead end all at once
     if dist.is_initialized():
@@ -535,9 +533,11 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
     tokens = max(length, cfg.micro_tokens)
     patches = cfg.max_prompt_tokens * vision.spatial_merge_size**2  # a prompt that is all picture
     stream = 2 if sharded else 4  # bytes of the residual stream: fp32 under autocast
-
-    def layer(width: int, mlp: int) -> int:  # bytes a token, of one layer between its forward and its backward
-        return 30 * width + 12 * mlp
+    width = getattr(vision, "embed_dim", vision.hidden_size)  # (Qwen2-VL's hidden_size is the language model's)
+    mlp = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = (tokens * (30 * text.hidden_size + 12 * text.intermediate_size),  # one, from its forward to its backward
+              patches * (30 * width + 12 * mlp))
 
     gb = {
         "weights": 4 * kept, "gradients": 4 * kept, "moments": 8 * kept, "replica": 2 * n,
@@ -546,11 +546,9 @@ def memory(config, cfg: Config, processes: int) -> dict[str, float]:
         # its gradient and that in fp32 on its way to the other ranks, and two blocks.
         "compute copies": (8 + 2 * (cfg.kl_coef > 0)) * outside + 10 * max(blocks) if sharded else 2 * n,
         "cache": 4 * cfg.rollout_rows * length * text.num_hidden_layers * text.num_key_value_heads
-        * text.hidden_size // text.num_attention_heads,
-        "activations": stream * (tokens * text.hidden_size * text.num_hidden_layers
-                                 + patches * vision.hidden_size * vision.depth)
-        + max(tokens * layer(text.hidden_size, text.intermediate_size),
-              patches * layer(vision.hidden_size, vision.intermediate_size))
+        * head,
+        "activations": stream * (tokens * text.hidden_size * text.num_hidden_layers + patches * width * vision.depth)
+        + (max(layers) if cfg.gradient_checkpointing else layers[0] * text.num_hidden_layers + layers[1] * vision.depth)
         + 3 * tokens**2 + 24 * 1024 * text.vocab_size}  # the mask, and one chunk of logits
     held = gb["weights"] + gb["moments"] + gb["replica"] + gb["reference"]
     gb["peak"] = held + max(
@@ -695,11 +693,10 @@ def load_optimizer(path: Path, model, optimizer) -> None:
         with safe_open(path / "trainer" / f"{kind}.safetensors", "pt") as file:
             for name in file.keys():
                 p, value = parameters[name], file.get_tensor(name)
-                if kind != "step" and isinstance(p, DTensor):  # cut here: a GPU may have no room for all
-                    parts, shape = value.chunk(place()[1]), {"shape": value.shape, "stride": value.stride()}
-                    part = parts[place()[0]] if place()[0] < len(parts) else value[:0]
-                    value = DTensor.from_local(part.to(p.device, copy=True), p.device_mesh, p.placements,
-                                               run_check=False, **shape)
+                if kind != "step" and isinstance(p, DTensor):  # this rank's rows alone, to where the weight's lie
+                    (rank, world), full, value = place(), value, torch.empty_like(p)
+                    rows = -(-len(full) // world)
+                    value.to_local().copy_(full[rank * rows:(rank + 1) * rows])
                 elif kind != "step" or fused:  # (the count of steps is wanted on the CPU, unless AdamW is fused)
                     value = value.to(p.device)
                 optimizer.state[p][kind] = value
@@ -779,12 +776,12 @@ class Journal:
 
 def environment() -> dict:
     """Where the run's numbers come from: commit, versions, machine."""
-    def git(*args: str) -> str:
+    def git(*args: str) -> str | None:
         try:
             command = ["git", "-C", str(HERE), *args]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
-            return "unknown"  # not a checkout, or no git
+            return None  # not a checkout, or no git
 
     packages = ("torch", "transformers", "accelerate", "pillow", "numpy", "datasets", "math-verify", "flash-attn")
     versions = {}
@@ -793,9 +790,10 @@ def environment() -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    changes = git("status", "--porcelain", "--", "*.py")
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "*.py")),
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
             "python": platform.python_version(), "device": device, "packages": versions, "command": sys.argv}
 
 
@@ -825,7 +823,7 @@ def find_run(cfg: Config, held: list) -> Path | None:
     if not (run / "config.json").exists():
         if cfg.resume:
             raise ValueError(f"--resume: {run} holds no run; check --out")
-        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        if run.exists() and any(path.name != "lock" and path.name[0] != "." for path in run.iterdir()):
             raise ValueError(f"{run} is not empty; choose another --out")
         return None
     if not cfg.resume:
@@ -878,7 +876,8 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
     if metrics["format"] < 0.5:
         tqdm.write(f"warning: only {metrics['format']:.0%} of the first responses have the format of --prompt "
                    f"{cfg.prompt}; groups all wrong or all right carry no format signal. Try an instruction-tuned "
-                   "model, a short supervised start on formatted answers, or --prompt think.")
+                   "model, or a short supervised start on formatted answers"
+                   + (", or --prompt think." if cfg.prompt == "observe" else "."))
     if metrics["signal"] == 0:
         tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
                    f"{metrics['all_wrong']:.0%} all wrong. Try easier or harder stages (--stage), a larger "

@@ -425,6 +425,9 @@ def test_files_measured_with_different_settings_do_not_mix(command, pool, tmp_pa
     both = ["--data", tmp_path / "a/measured.parquet", tmp_path / "b/measured.parquet", "--out", tmp_path / "out"]
     with pytest.raises(ValueError, match="different settings, model one and two"):
         command(*both)
+    (tmp_path / "b/settings.json").unlink()
+    command(*both)
+    assert "| model | unknown in part |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_what_measures_is_what_trains(command):
@@ -467,12 +470,9 @@ def test_review_puts_likely_wrong_golds_first_and_spares_edited_tables(tmp_path,
 
 
 def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
-    table = np.zeros((9, 9), int)
-    table[0, 0] = table[0, 1] = 1
-    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0),
-              Record("text", "?", "1", difficulty=.125, complexity=8.0)]
-    complexity = np.array([9.0, 8.0] + [np.nan] * 7)
-    plot_ladder(ladder, table, complexity, np.eye(9), np.ones(9) / 9, np.ones(9), tmp_path / "ladder.png")
+    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0, stage=0),
+              Record("text", "?", "1", difficulty=.125, complexity=8.0, stage=0)]
+    plot_ladder(ladder, tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -238,6 +238,15 @@ def test_rows_of_a_hundred_thousand_brackets_are_bad_records(tmp_path):
         load_records(str(path))
 
 
+def test_a_run_that_died_before_its_settings_were_written_is_no_run(tmp_path):
+    """Its lock alone would keep the very command that began it out."""
+    (tmp_path / "lock").touch()
+    assert train.find_run(train.parse_config(["--out", str(tmp_path)]), []) is None
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        train.find_run(train.parse_config(["--out", str(tmp_path)]), [])
+
+
 # --- kills (slow) ----------------------------------------------------------------------------------------------------
 
 context = multiprocessing.get_context("forkserver")

@@ -515,6 +515,8 @@ def test_observation_accuracy():
     assert score("red 3; blue 5 | green 1\ngreen 2") == 0.5  # 2 of 4 stated: no use in stating everything
     assert score("red 3, red 3, red 3, red 3") == 0.25  # a fact counts once
     assert score("") == 0
+    bars = gold("12", meta={"facts": ["bar 2.5", "bar 3"]})
+    assert observation_accuracy("<observe>bar 2.5, bar 3.</observe>", bars, "observe") == 1, "no full stop in 2.5"
     assert observation_accuracy("<think>red 3</think>", record, "observe") == 0  # asked for, and not there
     assert observation_accuracy("<observe>red 3</observe>", record, "think") is None
     assert observation_accuracy("<observe>red 3</observe>", gold("12"), "observe") is None

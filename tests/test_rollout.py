@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from transformers.modeling_utils import AttentionInterface
 
 import rollout
+import train
 from data import PROMPTS, Processor, Record
 from rollout import CHECK, Packed, decode, draw, generation_config, load_policy, response_logprobs, sample_groups
 
@@ -399,7 +400,7 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
     families = {
         "qwen2_vl": {"text_config": shape | {"rope_parameters": rope},
                      "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}},
-        "qwen3_vl": {"text_config": shape | {"head_dim": 16, "rope_parameters": rope},
+        "qwen3_vl": {"text_config": shape | {"head_dim": 32, "rope_parameters": rope},
                      "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
                                        "out_hidden_size": 64, "patch_size": 14, "deepstack_visual_indexes": [0]}},
     }
@@ -414,6 +415,10 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
         torch.testing.assert_close(padded(groups), want, atol=1e-5, rtol=0, msg=family)
         got = response_logprobs(policy, processor, packed(groups), 1.0)[0]
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0, msg=family)
+        parts = train.memory(config, train.Config(gradient_checkpointing=False), 1)
+        keys = 2 * 2 * (32 if family == "qwen3_vl" else 64 // 4)
+        assert parts["cache"] * 1e9 == 4 * 256 * (9216 + 8192) * keys, "each family names its widths otherwise"
+        assert parts["activations"] > train.memory(config, train.Config(), 1)["activations"], "one layer, or all"
 
 
 def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):

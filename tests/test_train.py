@@ -310,6 +310,7 @@ def test_presets_then_options_prevail():
 
 @pytest.mark.parametrize("args, told", [
     (["--group-size", "1"], "--group-size 1"),
+    (["--rollout-rows", "4"], "--rollout-rows 4 is below --group-size 8"),
     (["--prompts-per-rollout", "10", "--updates-per-rollout", "4"], "divide"),
     (["--stage", "9"], "--stage 9"), (["--stage", "3-1"], "--stage 3-1"), (["--stage", "first"], "--stage first"),
     (["--temperature", "0"], "--temperature"), (["--preset", "3b"], "needs --data"), (["--lr", "-1"], "--lr"),
