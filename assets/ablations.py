@@ -38,7 +38,6 @@ from rewards import Score, group_rewards  # noqa: E402
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
 TEST = OUT / "held-out/measured.parquet"
-SEEDS = 8
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
     "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
@@ -71,6 +70,15 @@ STAGES = ("GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 
 
 def name_of(row: str, seed: int) -> str:
     return f"{re.sub('[^A-Za-z0-9]+', '-', row).strip('-')}-seed{seed}"
+
+
+def seeds_of(row: str, most: int = 8) -> range:
+    """The two rows of a constant rate stand beside the question and have four."""
+    return range(min(most, 4) if row.endswith("constant lr") else most)
+
+
+def kept(row: str, most: int = 8) -> list[Path]:
+    return [KEPT / name_of(row, seed) for seed in seeds_of(row, most)]
 
 
 def make_held_out(count: int) -> None:
@@ -118,8 +126,8 @@ def train(row: str, seed: int, threads: int) -> None:
 def keep(folder: Path) -> None:
     """What the tables are made of, in six digits; the scores last, for they say that all is there."""
     difficulty = {r.id: r.difficulty for r in load_records(str(TEST))}
-    kept = KEPT / folder.name
-    kept.mkdir(parents=True, exist_ok=True)
+    to = KEPT / folder.name
+    to.mkdir(parents=True, exist_ok=True)
 
     def lines(file: str) -> list[dict]:
         digits = lambda text: float(f"{float(text):.6g}")  # noqa: E731
@@ -135,20 +143,20 @@ def keep(folder: Path) -> None:
             del line["eval"], line["shown"]
             line["held_out"] = [[difficulty[i], found[line["step"]][i]] for i in ids]
     for file in ("config.json", "environment.json"):
-        shutil.copy(folder / file, kept)
-    (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    (kept / "groups.json").write_text(json.dumps(groups))
-    (kept / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
+        shutil.copy(folder / file, to)
+    (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    (to / "groups.json").write_text(json.dumps(groups))
+    (to / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
-def mechanisms(seeds: int) -> str:
+def mechanisms(most: int = 8) -> str:
     """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
     acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    files = [KEPT / name_of(row, seed) / "groups.json" for row in ROWS for seed in range(seeds)]
-    groups = torch.tensor([group for file in files for group in json.loads(file.read_text())])  # [P, 3, G]
+    runs = [run for row in ROWS for run in kept(row, most)]
+    groups = torch.tensor(sum((json.loads((run / "groups.json").read_text()) for run in runs), []))  # [P, 3, G]
     scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
 
@@ -169,32 +177,33 @@ def mechanisms(seeds: int) -> str:
     table = markdown(["right", "groups, %", "mean abs A", "with weight", "share of all, %", "with weight, %",
                       "bonus changes A by", "with weight by"], rows)
     moved = [100 * (now.abs().sum() / x.abs().sum()).item() for now, x in ((acts, plain), (acts_weighted, weighted))]
-    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(files)} runs. The bonus moves {moved[0]:.0f}% "
+    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(runs)} runs. The bonus moves {moved[0]:.0f}% "
             f"of the sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
 
 
-def by_stage(row: str, seeds: int) -> str:
+def by_stage(row: str, most: int = 8) -> str:
     """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
     and hard ones (there are too few between), mean over seeds."""
     found: dict[int, list] = {}  # step -> (difficulty, right)
-    for seed in range(seeds):
-        for line in map(json.loads, (KEPT / name_of(row, seed) / "metrics.jsonl").read_text().splitlines()):
+    for run in kept(row, most):
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
             if "held_out" in line:
                 found.setdefault(line["step"], []).extend(line["held_out"])
     table = []
     for part in (part for part in PARTS if part != "middle"):
         low, high = PARTS[part]
         inside = [[right for difficulty, right in at if low <= difficulty <= high] for at in found.values()]
-        table.append([f"{part}, %", str(len(inside[0]) // seeds), *(f"{100 * np.mean(at):.0f}" for at in inside)])
+        count = len(inside[0]) // len(kept(row, most))
+        table.append([f"{part}, %", str(count), *(f"{100 * np.mean(at):.0f}" for at in inside)])
     return markdown([f"{row}, after rollout", "problems", *map(str, found)], table)
 
 
-def by_difficulty(seeds: int) -> str:
+def by_difficulty(most: int = 8) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
     table = []
     for row in ROWS:
-        ends = [json.loads((KEPT / name_of(row, seed) / "scores.json").read_text())["after"] for seed in range(seeds)]
+        ends = [json.loads((run / "scores.json").read_text())["after"] for run in kept(row, most)]
         table.append([row])
         for kind in ("sampled", "greedy"):
             for low, high in PARTS.values():
@@ -208,7 +217,7 @@ def by_difficulty(seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds of each row, from 0, at most")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
@@ -219,7 +228,8 @@ def main() -> None:
         sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs anew")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]
+        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS
+                if seed in seeds_of(row, args.seeds)]
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -235,7 +245,7 @@ def main() -> None:
                log=OUT / "start.log"):
             sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
     for name, (against, rows) in TABLES.items():
-        folders = [KEPT / name_of(row, seed) for row in rows for seed in range(args.seeds)]
+        folders = [run for row in rows for run in kept(row, args.seeds)]
         if run("eval.py", "compare", *folders, "--out", KEPT / name, "--against", against, log=OUT / "compare.log"):
             sys.exit(f"no table: see {OUT / 'compare.log'}")
         print((KEPT / name / "compare.md").read_text())

@@ -50,7 +50,7 @@ def test_a_stopped_run_is_not_kept(tmp_path, monkeypatch):
 
 def test_weight_and_bonus_act_where_the_method_says():
     """On groups that the runs sampled: (d (1 - d))^0.5 and ^1.5; weighted, no bonus where all or none are right."""
-    text = ablations.mechanisms(ablations.SEEDS)
+    text = ablations.mechanisms()
     assert text == (ablations.KEPT / "mechanisms.md").read_text()
     powers = [float(x) for x in re.findall(r"power ([\d.]+), with the weight ([\d.]+)\.", text)[0]]
     assert powers == pytest.approx([.5, 1.5], abs=.1)
@@ -62,15 +62,14 @@ def test_tables_follow_from_the_kept_runs(tmp_path, monkeypatch):
     """A table is not to outlive the runs that it was made of (intervals are drawn, which numpy may do otherwise)."""
     monkeypatch.setattr(eval, "difference", partial(eval.difference, draws=2))
     for name, (against, rows) in ablations.TABLES.items():
-        folders = [str(ablations.KEPT / ablations.name_of(row, seed)) for row in rows
-                   for seed in range(ablations.SEEDS)]
+        folders = [str(run) for row in rows for run in ablations.kept(row)]
         eval.compare([*folders, "--out", str(tmp_path / name), "--against", against])
         now, kept = (re.sub(r" \[.*?\]|-{3,}| {2,}", "", (folder / name / "compare.md").read_text())
                      for folder in (tmp_path, ablations.KEPT))
         assert now == kept, name
-    assert ablations.by_difficulty(ablations.SEEDS) == (ablations.KEPT / "levels.md").read_text().strip()
+    assert ablations.by_difficulty() == (ablations.KEPT / "levels.md").read_text().strip()
     for row in ablations.STAGES:
-        assert ablations.by_stage(row, ablations.SEEDS) in (ablations.KEPT / "stages.md").read_text()
+        assert ablations.by_stage(row) in (ablations.KEPT / "stages.md").read_text()
 
 
 def test_the_readme_shows_what_the_runs_came_to():
