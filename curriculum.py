@@ -77,6 +77,7 @@ from eval import (
     write_json,
 )
 from rewards import answer_matches, check_golds
+from rollout import best_device
 
 SAMPLES = 8  # N, rollouts a problem
 DIRECT_TOKENS = 128  # of a direct answer
@@ -641,6 +642,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
             raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
     if not 0 <= args.low_complexity < 1:
         raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
+    best_device()  # refuses more processes than GPUs
     ladder = (args.out / "ladder.parquet").resolve()
     if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
         raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "

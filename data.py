@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import contextlib
 import csv
 import dataclasses
 import io
@@ -24,7 +25,6 @@ import itertools
 import json
 import os
 import re
-import struct
 import sys
 import threading
 from collections import Counter
@@ -39,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 # System prompts. The paper's own wording was never released; what is known is the order of the tags (method.md, 1).
@@ -618,7 +618,7 @@ def _tsv_rows(file: Path) -> Iterator[dict]:
             image = pictures[index] = pictures.get(image, image)  # the index of an earlier row stands for its picture
             images = ["data:;base64," + item.strip(" '\"") for item in image.strip("[]").split(",")] if image else []
             if not images and (paths := row.pop("image_path", None)):
-                images = ast.literal_eval(paths) if paths.startswith("[") else [paths]
+                images = [item.strip(" '\"") for item in paths[1:-1].split(",")] if paths[0] == "[" else [paths]
             options = [row.pop(letter, None) or "" for letter in ascii_uppercase]
             while options and not options[-1]:
                 options.pop()
@@ -678,10 +678,11 @@ def _foreign_fields(row: dict, kind: str) -> dict:
     else:
         question, images = _chat(json.loads(row[kind]) if kind == "message" else row["prompt"])
         gold = row[kind]["ground_truth"] if kind == "reward_model" else gold
-    if lost := [str(x) for x in row.get("choices") or row.get("options") or () if str(x) not in str(question)]:
-        raise ValueError(f"its options {lost} do not stand in its text, where {FORMATS[kind]} has them; write them "
-                         "there, or write `question` in place of `" + kind + "`")
     gold = _final_answer(gold)
+    offered = row.get("choices") or row.get("options")
+    if offered and re.fullmatch(r"\W*[A-Za-z]\W*", str(gold)) and not split_options(str(question))[1]:
+        raise ValueError(f"its answer is {gold!r}, and its options {str(offered)[:80]} do not stand in its text, where "
+                         f"{FORMATS[kind]} has them; write them there")
     if isinstance(gold, str) and len(gold.split()) > 8 and infer_answer_type((gold,), ()) == "text":
         raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
     return {"question": question, "answer": gold, "images": images,
@@ -860,8 +861,8 @@ def read_scemqa(path: str) -> Iterator[Record | Dropped]:
     """SceMQA, of a clone of its repository: two JSON files of {subject: [row, ...]}, pictures beside them."""
     def rows(file: Path) -> Iterator[tuple[int, dict]]:
         subjects = json.loads(file.read_bytes())
-        if not isinstance(subjects, dict):
-            raise ValueError("it holds no subjects")
+        if not isinstance(subjects, dict) or not all(isinstance(some, list) for some in subjects.values()):
+            raise ValueError("it holds no lists of rows by subject")
         flat = (row | {"subject": subject, "number": number} if isinstance(row, dict) else row
                 for subject, some in subjects.items() for number, row in enumerate(some, 1))
         yield from enumerate(flat, 1)
@@ -900,17 +901,18 @@ def read_mathv360k(path: str) -> Iterator[Record | Dropped]:
         return fields
 
     for _, _, rows in _tables(path, "train_samples_all_tuning"):
-        for _, row in rows:
-            try:
-                row = json.loads(row) if isinstance(row, bytes) else row
-                fields = _mathv360k({key: value for key, value in row.items() if value is not None})
-                number = parse_number(fields["answer"])
-                label = sys.intern(normal_text(fields["answer"])[:80] if number is None else f"{number:.9g}")
-                question = asked(fields)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                continue  # the second reading says why
-            if labels.setdefault(question, label) != label:
-                labels[question] = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # the second reading says so, and of which file
+            for _, row in rows:
+                try:
+                    row = json.loads(row) if isinstance(row, bytes) else row
+                    fields = _mathv360k({key: value for key, value in row.items() if value is not None})
+                    number = parse_number(fields["answer"])
+                    label = sys.intern(normal_text(fields["answer"])[:80] if number is None else f"{number:.9g}")
+                    question = asked(fields)
+                except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+                    continue  # the second reading says why
+                if labels.setdefault(question, label) != label:
+                    labels[question] = None
     return _read(_tables(path, "train_samples_all_tuning"), convert, "mathv360k")
 
 
@@ -996,6 +998,21 @@ class Prompt:
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has more, and runs Ghostscript for EPS
 
 
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))  # EXIF orientation -> what undoes it
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The picture as the camera was held."""
+    image.load()  # a truncated one fails here, and not below
+    try:  # (Pillow's own exif_transpose writes the other fields anew, of which any may be broken)
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # Pillow raises all there is for broken EXIF, which is no reason to lose the picture
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Image:
     """A picture, given as PIL image, Picture, path or bytes -> RGB PIL image, as a camera was held (EXIF), of 8 bits;
     transparency becomes white.
@@ -1012,7 +1029,7 @@ def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Im
             raise ValueError(f"{width} x {height} is over {max_megapixels:.0f} megapixels; shrink the picture")
         if max(width, height) > 200 * min(width, height):  # the limit of Qwen's image processors
             raise ValueError(f"{width} x {height} is thinner than 1:200; crop or pad the picture")
-        image = ImageOps.exif_transpose(image)
+        image = _turned(image)
         if image.mode in ("I", "F"):
             raise ValueError(f"its pixels are of mode {image.mode}, whose range nobody knows; save it as 8 bits")
         if image.mode.startswith("I;16"):  # (convert would cut at 255, and all would be white)
@@ -1021,8 +1038,7 @@ def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Im
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        # (SyntaxError: broken PNG chunks; struct.error: broken EXIF)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG chunks
         raise ValueError(f"record {record_id}: cannot use its picture: {error}") from error
 
 
@@ -1188,12 +1204,13 @@ def read_held(benchmarks: str) -> Held:
         if name not in BENCHMARKS:
             raise ValueError(f"--exclude {name}: no benchmark of that name; there are {', '.join(BENCHMARKS)}")
         rows = tqdm(BENCHMARKS[name](path or None), desc=f"reading {name}", unit=" records")
-        before = len(ids)
+        own: set[str] = set()
         with ThreadPoolExecutor() as pool:
             for batch in batches(rows):
-                ids.update(made.id for made in batch if getattr(made, "reason", "") != "malformed row")  # a made-up id
+                own.update(made.id for made in batch if getattr(made, "reason", "") != "malformed row")  # a made-up id
                 found += itertools.chain.from_iterable(pool.map(look, batch))
-        if len(ids) == before:
+        ids |= own
+        if not own:
             raise ValueError(f"--exclude {benchmark}: no row there is one of {name}, and nothing would be excluded; "
                              "give the benchmark as it is published")
     found.sort(key=lambda item: item[0])

@@ -61,6 +61,7 @@ from data import (
     BENCHMARKS,
     MAX_ANSWER,
     PROMPTS,
+    SYMBOLS,
     Dropped,
     Picture,
     Processor,
@@ -295,15 +296,17 @@ def drawn(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
 
 
 def vote(answer: str, record: Record) -> str:
-    """What equal answers share: the option's letter, the number with its unit, the items of a list, or the text."""
-    answer = bare(answer[:MAX_ANSWER + 1])
+    """What equal answers share: the option's letter, the number with a unit that the judge tells apart, the items of a
+    list, or the text."""
+    answer = bare(answer[:MAX_ANSWER + 1], record)
     option = named_option(answer, record.choices) if record.answer_type == "choice" else None
     if option is not None:
         return ascii_uppercase[option]
     items = parse_items(answer)[1] if record.answer_type == "list" and parse_items(answer) else (answer,)
-    numbers = [split_number(item, known_units=False) for item in items]
-    return ", ".join(f"{number[0]:.9g}{number[1]}" if number else normal_text(item)
-                     for item, number in zip(items, numbers))
+    numbers = [split_number(item, known_units=record.answer_type != "number") for item in items]
+    return ", ".join(
+        (f"{number[0]:.6g}" if abs(number[0]) < 1 else f"{number[0]:.5f}") + (number[1] if number[1] in SYMBOLS else "")
+        if number else normal_text(item) for item, number in zip(items, numbers))
 
 
 def majority_right(result: Result) -> float:
@@ -656,8 +659,7 @@ def read_runs(folder: Path) -> list[Run]:
         raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
     if config:
         test = Path(config["test"])
-        name = test.parent.name if test.stem == "measured" else test.stem  # curriculum.py's file: the folder tells
-        label = "toy" if test.parts[-2:] == TOY.parts[-2:] else name
+        label = "toy" if test.parts[-2:] == TOY.parts[-2:] else label_of(config["test"])
 
         def columns(ends: dict) -> dict:
             return {f"{label}, {name}": {key: (key, value) for key, value in ends[kind]["by_problem"].items()}
@@ -908,9 +910,7 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
     if name in BENCHMARKS:
         made = BENCHMARKS[name](path or None)
     elif spec == "toy" or Path(spec).exists() or "@" in spec:
-        name, made = Path(spec).stem, read_any(str(TOY) if spec == "toy" else spec)
-        if spec != "toy" and name in ("toy", *BENCHMARKS):  # a file of one's own, which is not scored as these are
-            name = f"{Path(spec).resolve().parent.name}-{name}"
+        name, made = "toy" if spec == "toy" else label_of(spec), read_any(str(TOY) if spec == "toy" else spec)
     else:
         raise ValueError(f"--benchmark {spec}: no benchmark of that name (there are toy, {', '.join(BENCHMARKS)}; "
                          "name=PATH reads a local copy), no file or folder here, and no hub id with its split "
@@ -919,6 +919,13 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
     if not rows:
         raise ValueError(f"--benchmark {spec}: holds no records")
     return name, rows
+
+
+def label_of(spec: str) -> str:
+    """What a table calls a file: its stem, its folder for curriculum.py's measured.parquet, and both for one that is
+    called as a benchmark is, for it is not scored as that."""
+    stem, folder = Path(spec).stem, Path(spec).resolve().parent.name
+    return folder if stem == "measured" else f"{folder}-{stem}" if stem in ("toy", *BENCHMARKS) else stem
 
 
 def longest_first(rows: list[Record | Dropped], processor: Processor | None) -> list[int]:
@@ -949,6 +956,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
     for name, low in (("rows", 1), ("max_tokens", 1), ("samples", 1), ("limit", 1), ("temperature", 0)):
         if (value := getattr(args, name)) is not None and not low <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
+    best_device()  # refuses more processes than GPUs
     if not args.responses and not args.model:
         raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
     if not specs or args.responses and len(specs) + len(prompts) > 2:
@@ -1001,7 +1009,8 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     Ids are the published ones, with or without `benchmark-`. Raises ValueError that names lines that cannot be read,
     ids that the benchmark lacks and ids with other numbers of responses; ids without any are said, and count as wrong.
     """
-    known = {name: row.id for row in rows for name in (row.id, row.id.removeprefix(f"{benchmark}-"))}
+    sources = {benchmark, *(row.source for row in rows if isinstance(row, Record))}
+    known = {name: row.id for row in rows for name in (row.id, *(row.id.removeprefix(f"{s}-") for s in sources))}
     found: dict[str, list[dict]] = {}
     bad, jobs = [], set()
     csv.field_size_limit(2**31 - 1)
@@ -1087,8 +1096,9 @@ def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dic
                 letters = ascii_uppercase[:max(len(record.choices) for record, _ in usable)]
                 writer = csv.writer(table, delimiter="\t", lineterminator="\n")
                 writer.writerow(["index", "question", *letters, "answer", "prediction"])
-                writer.writerows([record.id.removeprefix(f"{job.benchmark}-"), record.question, *record.choices,
-                                  *[""] * (len(letters) - len(record.choices)), record.golds[0], samples[0].text]
+                writer.writerows([record.id.removeprefix(f"{record.source or job.benchmark}-"), record.question,
+                                  *record.choices, *[""] * (len(letters) - len(record.choices)), record.golds[0],
+                                  samples[0].text]
                                  for record, samples in usable)
     write_page(groups, records, out / "responses.html", title=str(out))
     return scores

@@ -115,9 +115,11 @@ def _after(opening: re.Pattern, text: str) -> str:
     return text[match.end():] if match else text
 
 
-def bare(answer: str) -> str:
-    """An answer without the "the answer is" and the "x =" that judging overlooks."""
-    return _after(ASSIGNED, _after(PHRASE, plain(answer)))
+def bare(answer: str, record: Record) -> str:
+    """An answer without what judging overlooks: a "the answer is" and, where the rule does, the "x =" of "x = 12"."""
+    answer = _after(PHRASE, plain(answer))
+    formula = record.answer_type == "math" and not any("=" in gold for gold in record.golds)
+    return _after(ASSIGNED, answer) if formula or record.answer_type in ("number", "list") else answer
 
 
 # --- judging an answer -----------------------------------------------------------------------------------------------

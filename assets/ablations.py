@@ -7,10 +7,11 @@ never seen in training (the 300 of the built-in world are too few to tell rows a
 again: a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations; what the tables are made
 of is kept in assets/ablations, with the tables and plots that `eval.py compare` makes of it.
 
-What the seeds can show, in four cases of five, between two rows at temperature 1, by Student's t. Four seeds (0 - 3):
-4.8 points; noted too late, when seven of the runs were done, and then as 3.4, by a normal approximation. Those runs
-left bonus and weight within 3.8 points of nothing, their spread over seeds being 1.3 points. Eight seeds: 2.0 points
-(2.145 + 0.868) * 1.3 * (2 / 8)^0.5, noted before seeds 4 - 7 were begun, which were to be taken whatever they gave.
+What the seeds can show, in four cases of five, between two rows at temperature 1. Of seeds 0 - 3 it was noted too late,
+when seven of the runs were done, and as 3.4 points, by a normal approximation. They left bonus and weight within 3.8
+points of nothing, with a spread over seeds of 1.3 points. So before seeds 4 - 7 were begun, which were to be taken
+whatever they gave, it was noted that eight show 2.0 points: (2.145 + 0.868) * 1.3 * (2 / 8)^0.5, Student's t with 14
+degrees. The tables' own intervals take 7 degrees a side and are wider: at this spread 2.2 points (four seeds: 3.9).
 """
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
 import eval
-from data import Dropped, Record
+from data import Dropped, Record, save_records
 from eval import (
     DOMAINS,
     Job,
@@ -34,6 +34,7 @@ from eval import (
     samplings,
     scores_of,
     summarize,
+    vote,
 )
 from rewards import answer_matches
 
@@ -169,9 +170,14 @@ def test_avg_maj_and_pass_at_k_by_hand():
     assert majority_right(result("d", None, None)) == 0
     for gold, *answers in (("3", "x = 3", "3.0", "7", "The answer is 7"), ("[1, 2]", "1, 2", "[1,2]", "[3, 4]", "3, 4"),
                            ("0.5", "50%", "0.5", "7", "7"), ("$\\sqrt{2}$", "√2", "\\sqrt{2}", "2.5", "2.50"),
-                           ("3", "3", "3", "12 m", "12 cm", "1234567", "1234568")):
-        tie = .5 if len(answers) == 4 else 1  # equal ones written otherwise, and unequal ones that look alike
-        assert majority_right(result("e", *answers, gold=gold)) == tie, gold
+                           ("3", "3", "3", "12 m", "12 cm", "1234567", "1234568"),
+                           ("5", "5", "3", "3 cars", "x = 3"), ("5", "5", "1/3", "0.333333", ".3333333")):
+        # Equal ones written otherwise tie or win, unequal ones that look alike do not.
+        want = 1 if answers[-1] == "1234568" else 0 if gold == "5" else .5
+        assert majority_right(result("e", *answers, gold=gold)) == want, gold
+    options = Record("f", "?", "C", choices=("x = 2", "y = 2", "x + y = 2"))
+    assert [vote(answer, options) for answer in ("x = 2", "The answer is y = 2", "C")] == ["A", "B", "C"]
+    assert vote("y = 2", Record("g", "?", "$y = 2$")) != vote("x = 2", Record("g", "?", "$y = 2$"))
     assert [pass_at(three, k) for k in (1, 2, 4)] == pytest.approx([.5, 1 - 1 / 6, 1])
     assert [pass_at(one, k) for k in (1, 2, 4)] == pytest.approx([.25, .5, 1])
     scores = scores_of("x", [three, one])
@@ -462,6 +468,13 @@ def test_a_file_of_ones_own_is_no_published_benchmark(tmp_path):
     for stem in ("toy", "mathvista"):
         name, _ = read_benchmark(lines(tmp_path / f"{stem}.jsonl", {"question": "1 + 1?", "answer": "2"}), None)
         assert name == f"{tmp_path.name}-{stem}"
+    (tmp_path / "found").mkdir()
+    path = lines(tmp_path / "found/measured.parquet".replace("parquet", "jsonl"), {"question": "1 + 1?", "answer": "2"})
+    assert read_benchmark(path, None)[0] == "found", "curriculum.py's file: the folder tells"
+    save_records(str(tmp_path / "mathvision.parquet"), [Record("mathvision-12", "?", "1", source="mathvision")])
+    name, rows = read_benchmark(str(tmp_path / "mathvision.parquet"), None)
+    answers = lines(tmp_path / "r.jsonl", {"id": "12", "response": "1"})
+    assert read_responses(answers, name, rows).keys() == {"mathvision-12"}, "by the published ids too"
 
 
 def test_a_dropped_row_with_the_id_of_another_does_not_speak_for_it():

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import Picture, Record, check_prompts, load_records, open_image, save_records
 
@@ -204,18 +204,23 @@ def test_vlmevalkit_table(tmp_path):
     assert both.images == (noise.getvalue(), png()) and both.choices == ()
     assert bare.images == ()
     (tmp_path / "MMBench.tsv").write_text("index\timage_path\tquestion\tanswer\n0\ta.png\tQ?\t1\n"
-                                          "1\t['a.png', 'b.png']\tQ?\t1\n")
+                                          "1\t['a.png', 'b.png']\tQ?\t1\n2\t[a.png, b c.png]\tQ?\t1\n")
     assert [[Path(p).name for p in r.images] for r in load_records(str(tmp_path / "MMBench.tsv"))] == [
-        ["a.png"], ["a.png", "b.png"]]
+        ["a.png"], ["a.png", "b.png"], ["a.png", "b c.png"]]
 
 
 def test_options_beside_a_text_without_them_are_not_lost(tmp_path):
-    told = "its options \\['red', 'blue'\\] do not stand in its text"
+    told = "its options \\['red', 'blue'\\] do not stand in its text, where EasyR1"
     with pytest.raises(ValueError, match=told):
         load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which?", "answer": "B", "choices": ["red", "blue"]}))
-    [record] = load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which? A. red B. blue", "answer": "B",
-                                                         "options": ["red", "blue"]}))
-    assert record.answer == "B"
+    for options in (["red", "blue "], {"A": "red"}, "['red', 'blue']", ["(A) red", None]):
+        [record] = load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which? A. red B. blue", "answer": "B",
+                                                             "options": options}))
+        assert record.answer == "B"
+        with pytest.raises(ValueError, match="do not stand in its text"):
+            load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Which?", "answer": "(B)", "options": options}))
+    [record] = load_records(jsonl(tmp_path / "x.jsonl", {"problem": "Find x.", "answer": "12", "choices": ["12", "7"]}))
+    assert record.answer == "12", "nothing is lost"
 
 
 def test_more_options_than_letters_are_refused():
@@ -504,11 +509,19 @@ def test_sixteen_bits_are_scaled_and_not_cut():
     assert np.asarray(open_image(encoded(ramp, "PNG"), "a"))[0, :, 0].tolist() == [0, 64, 128, 255]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_photograph_stands_as_the_camera_was_held():
     """TRL and EasyR1 turn it, from the very same file."""
     exif = Image.Exif()
     exif[0x0112] = 6
     assert open_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif), "a").size == (20, 40)
+    ramp = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        stored = Image.open(io.BytesIO(encoded(ramp, "PNG", exif=exif)))
+        assert open_image(stored, "a").tobytes() == ImageOps.exif_transpose(stored).convert("RGB").tobytes()
+    broken = encoded(ramp, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    assert open_image(broken, "a").size == (4, 3), "a broken note beside a picture is no reason to lose it"
 
 
 def test_palette_with_a_transparent_colour_becomes_white():

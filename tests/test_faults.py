@@ -7,6 +7,7 @@ writes into a page in test_eval.py and test_curriculum.py.
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -277,14 +278,15 @@ def freeze_in_a_save(process, run: Path, skip: int, within: float) -> None:
         while process.is_alive() and partial(run) != here:
             time.sleep(0.0005)
     time.sleep(within)
-    while process.is_alive():
-        os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(0.01)  # (a system call under way ends first)
-        if partial(run):
-            return
-        os.kill(process.pid, signal.SIGCONT)
-        while process.is_alive() and not partial(run):
-            time.sleep(0.0005)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        while process.is_alive():
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.01)  # (a system call under way ends first)
+            if partial(run):
+                return
+            os.kill(process.pid, signal.SIGCONT)
+            while process.is_alive() and not partial(run):
+                time.sleep(0.0005)
 
 
 @pytest.fixture
@@ -303,14 +305,14 @@ def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
     for n in range(10):
         run = tmp_path / str(n)
         for kill in range(2):
-            process = start(brief, run)
+            process, since = start(brief, run), time.time()
             if (n + kill) % 2:
                 freeze_in_a_save(process, run, skip=rng.randrange(3), within=rng.uniform(0, 0.05))
             else:
                 process.join(rng.uniform(0.2, seconds))
             process.kill()
             process.join()
-            saving += partial(run)
+            saving += partial(run) and (run / "checkpoint.partial").stat().st_ctime > since
             if checkpoints(run):
                 assert damage(checkpoints(run)[-1]) is None, "nothing half-written has a whole one's name"
         last = start(brief, run)

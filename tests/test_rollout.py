@@ -421,6 +421,17 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
         assert parts["activations"] > train.memory(config, train.Config(), 1)["activations"], "one layer, or all"
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """Two on one GPU would run out of its memory hours later, or wait for each other."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert rollout.best_device().type == "cuda"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes for 2 GPUs"):
+        rollout.best_device()
+
+
 def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="config.json"):
         load_policy(str(tmp_path))

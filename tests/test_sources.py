@@ -276,7 +276,7 @@ def test_sources_that_are_no_hub_data_say_what_to_do(tmp_path):
         SOURCES["mathv360k"]("Zhiqiang007/MathV360K")
 
 
-@pytest.mark.parametrize("content", ["{broken", "[]", '{"Math": ["no row"]}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["{broken", "[]", '{"Math": 3}', '{"Math": ["no row"]}', "[" * 100_000])
 def test_a_broken_file_of_scemqa_is_named(tmp_path, content):
     (tmp_path / "free_response.json").write_text(content)
     with pytest.raises(ValueError, match="free_response.json|not a str"):
@@ -284,6 +284,13 @@ def test_a_broken_file_of_scemqa_is_named(tmp_path, content):
         raise ValueError(found.detail)
     with pytest.raises(ValueError, match="no multiple_choice.json"):
         SOURCES["scemqa"](str(tmp_path.parent / "nothing"))
+
+
+@pytest.mark.parametrize("content", ["[{]", "[" * 100_000])
+def test_a_broken_file_of_mathv360k_is_named(tmp_path, content):
+    (tmp_path / "train_samples_all_tuning.json").write_text(content)
+    with pytest.raises(ValueError, match="train_samples_all_tuning.json: cannot be read"):
+        list(SOURCES["mathv360k"](str(tmp_path)))
 
 
 def test_a_long_json_list_is_read_item_by_item(tmp_path):
@@ -469,7 +476,8 @@ def test_a_benchmark_that_would_exclude_nothing_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no row there is one of mathvista, and nothing would be excluded"):
         read_held(f"mathvista={tmp_path / 'wrong.jsonl'}")
     (tmp_path / "far.jsonl").write_text(json.dumps(mathvista_row(1, image="https://x.org/1.png", decoded_image=None)))
-    assert read_held(f"mathvista={tmp_path / 'far.jsonl'}").ids == {"mathvista-1"}
+    twice = ",".join(2 * [f"mathvista={tmp_path / 'far.jsonl'}"])
+    assert read_held(twice).ids == {"mathvista-1"}
     assert "cannot look for the picture of mathvista-1: " in capsys.readouterr().err
 
 
