@@ -73,13 +73,8 @@ def name_of(row: str, seed: int) -> str:
     return f"{re.sub('[^A-Za-z0-9]+', '-', row).strip('-')}-seed{seed}"
 
 
-def seeds_of(row: str, most: int = 8) -> range:
-    """The two rows of a constant rate stand beside the question and have four."""
-    return range(min(most, 4) if row.endswith("constant lr") else most)
-
-
-def kept(row: str, most: int = 8) -> list[Path]:
-    return [KEPT / name_of(row, seed) for seed in seeds_of(row, most)]
+def kept(row: str, seeds: int = 8) -> list[Path]:
+    return [KEPT / name_of(row, seed) for seed in range(seeds)]
 
 
 def make_held_out(count: int) -> None:
@@ -150,13 +145,13 @@ def keep(folder: Path) -> None:
     (to / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
-def mechanisms(most: int = 8) -> str:
+def mechanisms(seeds: int = 8) -> str:
     """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
     acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    runs = [run for row in ROWS for run in kept(row, most)]
+    runs = [run for row in ROWS for run in kept(row, seeds)]
     groups = torch.tensor(sum((json.loads((run / "groups.json").read_text()) for run in runs), []))  # [P, 3, G]
     scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
@@ -183,11 +178,11 @@ def mechanisms(most: int = 8) -> str:
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
 
 
-def by_stage(row: str, most: int = 8) -> str:
+def by_stage(row: str, seeds: int = 8) -> str:
     """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
     and hard ones (there are too few between), mean over seeds."""
     found: dict[int, list] = {}  # step -> (difficulty, right)
-    for run in kept(row, most):
+    for run in kept(row, seeds):
         for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
             if "held_out" in line:
                 found.setdefault(line["step"], []).extend(line["held_out"])
@@ -195,16 +190,15 @@ def by_stage(row: str, most: int = 8) -> str:
     for part in (part for part in PARTS if part != "middle"):
         low, high = PARTS[part]
         inside = [[right for difficulty, right in at if low <= difficulty <= high] for at in found.values()]
-        count = len(inside[0]) // len(kept(row, most))
-        table.append([f"{part}, %", str(count), *(f"{100 * np.mean(at):.0f}" for at in inside)])
+        table.append([f"{part}, %", str(len(inside[0]) // seeds), *(f"{100 * np.mean(at):.0f}" for at in inside)])
     return markdown([f"{row}, after rollout", "problems", *map(str, found)], table)
 
 
-def by_difficulty(most: int = 8) -> str:
+def by_difficulty(seeds: int = 8) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
     table = []
     for row in ROWS:
-        ends = [json.loads((run / "scores.json").read_text())["after"] for run in kept(row, most)]
+        ends = [json.loads((run / "scores.json").read_text())["after"] for run in kept(row, seeds)]
         table.append([row])
         for kind in ("sampled", "greedy"):
             for low, high in PARTS.values():
@@ -218,7 +212,7 @@ def by_difficulty(most: int = 8) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of each row, from 0, at most")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds of each row, from 0")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
@@ -229,8 +223,7 @@ def main() -> None:
         sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs anew")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS
-                if seed in seeds_of(row, args.seeds)]
+        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]
         try:
             for job in as_completed(jobs):
                 job.result()
