@@ -302,7 +302,8 @@ def vote(answer: str, record: Record) -> str:
     option = named_option(answer, record.choices) if record.answer_type == "choice" else None
     if option is not None:
         return ascii_uppercase[option]
-    items = parse_items(answer)[1] if record.answer_type == "list" and parse_items(answer) else (answer,)
+    listed = parse_items(answer) if record.answer_type == "list" else None
+    items = listed[1] if listed else (answer,)
     numbers = [split_number(item, known_units=record.answer_type != "number") for item in items]
     return ", ".join(
         (f"{number[0]:.6g}" if abs(number[0]) < 1 else f"{number[0]:.5f}") + (number[1] if number[1] in SYMBOLS else "")

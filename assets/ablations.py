@@ -39,6 +39,7 @@ from rewards import Score, group_rewards  # noqa: E402
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
 TEST = OUT / "held-out/measured.parquet"
+SEEDS = 8  # of each row
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
     "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
@@ -73,7 +74,7 @@ def name_of(row: str, seed: int) -> str:
     return f"{re.sub('[^A-Za-z0-9]+', '-', row).strip('-')}-seed{seed}"
 
 
-def kept(row: str, seeds: int = 8) -> list[Path]:
+def kept(row: str, seeds: int = SEEDS) -> list[Path]:
     return [KEPT / name_of(row, seed) for seed in range(seeds)]
 
 
@@ -145,14 +146,14 @@ def keep(folder: Path) -> None:
     (to / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
 
 
-def mechanisms(seeds: int = 8) -> str:
+def mechanisms(seeds: int = SEEDS) -> str:
     """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
     acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    runs = [run for row in ROWS for run in kept(row, seeds)]
-    groups = torch.tensor(sum((json.loads((run / "groups.json").read_text()) for run in runs), []))  # [P, 3, G]
+    files = [run / "groups.json" for row in ROWS for run in kept(row, seeds)]
+    groups = torch.tensor([group for file in files for group in json.loads(file.read_text())])  # [P, 3, G]
     scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
 
@@ -173,12 +174,12 @@ def mechanisms(seeds: int = 8) -> str:
     table = markdown(["right", "groups, %", "mean abs A", "with weight", "share of all, %", "with weight, %",
                       "bonus changes A by", "with weight by"], rows)
     moved = [100 * (now.abs().sum() / x.abs().sum()).item() for now, x in ((acts, plain), (acts_weighted, weighted))]
-    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(runs)} runs. The bonus moves {moved[0]:.0f}% "
+    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(files)} runs. The bonus moves {moved[0]:.0f}% "
             f"of the sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
 
 
-def by_stage(row: str, seeds: int = 8) -> str:
+def by_stage(row: str, seeds: int = SEEDS) -> str:
     """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
     and hard ones (there are too few between), mean over seeds."""
     found: dict[int, list] = {}  # step -> (difficulty, right)
@@ -194,7 +195,7 @@ def by_stage(row: str, seeds: int = 8) -> str:
     return markdown([f"{row}, after rollout", "problems", *map(str, found)], table)
 
 
-def by_difficulty(seeds: int = 8) -> str:
+def by_difficulty(seeds: int = SEEDS) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
     table = []
     for row in ROWS:
@@ -212,7 +213,7 @@ def by_difficulty(seeds: int = 8) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of each row, from 0")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
