@@ -4,8 +4,8 @@
     build_ladder   measured problems -> stages 0 .. 8, each mixed from a window of neighbouring difficulty levels
     Curriculum     the batches of one run, easy to hard, and its place among them
     write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
-    correct        what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
-    write_card     the card of a ladder as a data set; plot_ladder: the three panels of the paper's figure
+    apply_review   what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
+    write_card     the card of a ladder as a data set
 
     torchrun curriculum.py --data raw/*.parquet --model MODEL --out ladder/        # killed: the same command goes on
     python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
@@ -30,54 +30,37 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
-import html
 import io
-import json
-import os
 import re
 import sys
-import textwrap
-import warnings
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator
 
 import numpy as np
-import torch.distributed as dist
-from matplotlib.figure import Figure  # (not pyplot: no window, no state)
+from huggingface_hub import DatasetCardData
 
-from data import (
-    MAX_ANSWER,
-    PROMPTS,
-    Processor,
-    Record,
-    check_prompts,
-    load_records,
-    open_image,
-    parse_number,
-    save_records,
-    settle,
-)
+from data import DATASETS, PROMPTS, SOURCES, Processor, Record, check_records, load_records, raise_or_skip, save_records
 from eval import (
-    PAGE,
+    FREE,
     Result,
-    check_same,
+    begun,
+    claim,
     data_digest,
     gold_of,
-    load_both,
+    markdown,
     model_digest,
-    picture_tag,
-    place,
+    read_json,
     roll_out,
-    together,
+    section_of,
     vote,
     write_json,
+    write_page,
 )
-from rewards import answer_matches, check_golds
-from rollout import best_device
+from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
+from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
 
 SAMPLES = 8  # N, rollouts a problem
 DIRECT_TOKENS = 128  # of a direct answer
@@ -107,19 +90,42 @@ PAPER_COMPLEXITY = np.array([154, 165, 173, 179, 198, 210, 224, 236, 248])  # to
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
-
 def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
-    """The record with difficulty 1 - correct / N and complexity, the mean response length in tokens."""
-    return replace(record, difficulty=1 - sum(r["correct"] for r in rollouts) / len(rollouts),
+    """The record with difficulty 1 - accuracy over its N rollouts and complexity, their mean length in tokens."""
+    return replace(record, difficulty=1 - sum(r["accuracy"] for r in rollouts) / len(rollouts),
                    complexity=sum(r["tokens"] for r in rollouts) / len(rollouts),
                    meta=record.meta | {"rollouts": rollouts})
 
 
 def measure(result: Result) -> Record:
     """A problem's record with its difficulty, its complexity and, in meta["rollouts"], what they were counted from."""
+    assert isinstance(result.record, Record)  # (none was dropped: all were checked)
     # (a longer answer is wrong whatever the gold, and stays so when cut to one character too many)
-    return with_rollouts(result.record, [{"answer": s.answer and s.answer[:MAX_ANSWER + 1], "correct": s.correct,
-                                          "tokens": s.tokens} for s in result.samples])
+    return with_rollouts(result.record, [
+        {"answer": r.answer and r.answer[:MAX_ANSWER + 1], "accuracy": r.accuracy, "tokens": r.tokens}
+        for r in result.responses])
+
+
+def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]:
+    """The simple-question filter, then N rollouts of what it leaves, on all ranks. A collective.
+
+    Raises ValueError when all problems are simple.
+    """
+    def measured(name: str, model: str, **sampling) -> list[Record]:
+        load = partial(load_to_sample, model, args.max_pixels)
+        results = roll_out(args.out, name, records, load, rows=args.rows, seed=args.sampling_seed, keep_texts=False,
+                           **sampling)
+        return [measure(result) for result in results]
+
+    if not args.keep_simple:
+        tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
+                         max_tokens=min(DIRECT_TOKENS, args.max_tokens))
+        records = [record for record, answered in zip(records, tried) if answered.difficulty]
+        if not records:
+            raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
+                             "--keep-simple with another --out")
+    return measured("rollouts", args.model, samples=SAMPLES, temperature=args.temperature, style=args.prompt,
+                    max_tokens=args.max_tokens)
 
 
 # --- the ladder -------------------------------------------------------------------------------------------------------
@@ -135,14 +141,14 @@ def level_of(record: Record) -> int:
     if is_raw(record):
         raise ValueError(f"record {record.id} has no difficulty and complexity; measure it first: "
                          "torchrun curriculum.py --data FILE --model MODEL --out ladder/")
-    return round(record.difficulty * (LEVELS - 1))
+    return round((record.difficulty or 0) * (LEVELS - 1))
 
 
 def low_complexity_cut(records: list[Record], quantile: float) -> list[Record]:
     """The records without those of level 0 whose complexity is below this quantile of their level's."""
-    easy = [r.complexity for r in records if level_of(r) == 0]
+    easy = [r.complexity or 0.0 for r in records if level_of(r) == 0]
     floor = np.quantile(easy, quantile) if easy else 0
-    return [r for r in records if level_of(r) > 0 or r.complexity >= floor]
+    return [r for r in records if level_of(r) > 0 or (r.complexity or 0.0) >= floor]
 
 
 def stage_sizes(size: int, stage_shares: np.ndarray = STAGE_SHARES) -> np.ndarray:
@@ -161,7 +167,7 @@ def largest_size(supply: np.ndarray, mixing: np.ndarray = MIXING,
     return min(int(sizes.min() + 1e-9), int(supply.sum())) if supply.any() else 0, int(sizes.argmin())
 
 
-def departures(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
+def off_shares(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
     """How [S, L] problems differ, by more than rounding, from [S] sizes in the shares of mixing: a line a stage."""
     lines = []
     for stage, (row, wanted) in enumerate(zip(table, sizes)):
@@ -214,7 +220,7 @@ def build_ladder(records: Iterable[Record], size: int | None = None, seed: int =
     if not take.any():
         raise ValueError(f"none of the {supply.sum()} problems is of a level that a ladder of {size} takes from; bring "
                          "problems of other levels, or more of them")
-    for line in departures(take, sizes, mixing):
+    for line in off_shares(take, sizes, mixing):
         print(f"ladder: {line}", file=sys.stderr)
 
     rng = np.random.default_rng(seed)
@@ -261,12 +267,12 @@ class Curriculum:
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
                  seed: int = 0):
+        blocks: dict[int | None, list[Record]] = {}
         if order == "random":
             if stages is not None:
                 raise ValueError("--order random knows no stages; leave --stage at all")
             blocks = {None: list(records)}
         else:
-            blocks = {}
             for record in records:
                 stage = level_of(record) if order == "sorted" else record.stage
                 if stage is None:
@@ -297,6 +303,10 @@ class Curriculum:
             self.position += 1
             yield batch
 
+    def undo(self) -> None:
+        """Give the newest batch back: it was not learned from."""
+        self.position -= 1
+
     def digest(self) -> str:
         """Changes with the choice of problems, their order and the batches (their content: eval.data_digest)."""
         text = "\n".join(f"{b.stage} {r.id}" for b in self.batches for r in b.records)
@@ -313,13 +323,15 @@ class Curriculum:
         self.position = state["position"]
 
 
+# === the fold: below, the review of golds, a ladder's card, and the command line ======================================
+
 # --- review of golds --------------------------------------------------------------------------------------------------
 
 COLUMNS = ("id", "question", "gold", "majority", "votes", "decision", "new_gold")
 REVIEW = """No rollout met the gold of these {count} problems. The likeliest wrong golds come first: those where the
-rollouts agree most on one other answer. Write into <b>review.csv</b>, column decision: <b>keep</b> (the gold is right),
-<b>drop</b>, or <b>fix</b> with the right answer in new_gold; then run curriculum.py again with
---corrections review.csv. Rows without a decision stay as they are. Page {links}"""
+rollouts agree most on one other answer. Write into review.csv, column decision: keep (the gold is right), drop, or fix
+with the right answer in new_gold; then run curriculum.py again with --corrections review.csv. Rows without a decision
+stay as they are. Pages:"""
 
 
 def majority(record: Record) -> tuple[str, int]:
@@ -337,21 +349,16 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
     A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
     """
     ranked = sorted(((record, *majority(record)) for record in records), key=lambda row: (-row[2], row[0].id))
-    names = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
-    links = " ".join(f'<a href="{name}">{n}</a>' for n, name in enumerate(names, 1))
-    for page, name in enumerate(names):
-        parts = []
-        for record, answer, votes in ranked[page * per_page:(page + 1) * per_page]:
-            given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in record.meta["rollouts"])
-            parts.append(
-                f'<section><div>{"".join(picture_tag(record, i) for i in record.images)}'
-                f'<small>{html.escape(record.id)}<br>{html.escape(record.source)}</small></div>'
-                f'<div><p><b>{html.escape(record.text).replace(chr(10), "<br>")}</b></p>'
-                f'<pre class="right">gold: {html.escape(gold_of(record))}</pre>'
-                f'<pre class="wrong">majority, {votes} of {len(record.meta["rollouts"])}: {html.escape(answer)}</pre>'
-                f'<pre>all: {html.escape(given)}</pre></div></section>')
-        intro = REVIEW.format(count=len(ranked), links=links)
-        (folder / name).write_text(PAGE.format(title="Review of golds", intro=intro, body="\n".join(parts)), "utf-8")
+    pages = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
+    for n, page in enumerate(pages):
+        sections = []
+        for record, answer, votes in ranked[n * per_page:(n + 1) * per_page]:
+            rollouts = record.meta["rollouts"]
+            given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in rollouts)
+            sections.append(section_of(record, f"{record.id} {record.source}", [
+                ("right", f"gold: {gold_of(record)}", ""),
+                ("wrong", f"majority, {votes} of {len(rollouts)}: {answer}", ""), ("", f"all: {given}", "")]))
+        write_page(folder / page, "Review of golds", REVIEW.format(count=len(ranked)), sections, links=pages)
 
     def cell(text: str) -> str:  # on one line, and no formula to a spreadsheet: a model wrote some of these
         text = " ".join(text.split())
@@ -376,26 +383,6 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
 
     Raises one ValueError that names every row that cannot be used, by line, with what to do.
     """
-    known = {record.id: record for record in records}
-    decisions: dict[str, tuple[str, Record | None]] = {}
-    bad = []
-
-    def decide(row: dict) -> None:
-        row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
-        decision, gold = decision.lower(), re.sub("^'(?=[=+@-])", "", gold)  # (see cell)
-        if not decision and not gold:
-            return
-        if row_id not in known:
-            raise ValueError(f"the data has no record {row_id!r}; write the id as it was: spreadsheets change some")
-        if row_id in decisions:
-            raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
-        if decision not in ("keep", "drop", "fix"):
-            raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
-        if bool(gold) != (decision == "fix"):
-            raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and "
-                             "fix with a new_gold")
-        decisions[row_id] = decision, with_gold(known[row_id], gold) if gold else None
-
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -404,9 +391,16 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
     if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
         raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
+    known = {record.id: record for record in records}
+    decisions: dict[str, tuple[str, Record | None]] = {}
+    bad = []
     for row in table:
         try:
-            decide(row)
+            if decided := read_decision(row, known):
+                row_id, decision, fixed = decided
+                if row_id in decisions:
+                    raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
+                decisions[row_id] = decision, fixed
         except ValueError as error:
             bad.append(f"line {table.line_num}: {error}")
     if bad:
@@ -414,46 +408,63 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
     return decisions
 
 
+def read_decision(row: dict, known: dict[str, Record]) -> tuple[str, str, Record | None] | None:
+    """A row of review.csv -> id, decision, corrected record; None where nobody decided."""
+    row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
+    decision, gold = decision.lower(), re.sub("^'(?=[=+@-])", "", gold)  # (see cell)
+    if not decision and not gold:
+        return None
+    if row_id not in known:
+        raise ValueError(f"the data has no record {row_id!r}; write the id as it was: spreadsheets change some")
+    if decision not in ("keep", "drop", "fix"):
+        raise ValueError(f"its decision is {decision!r}; write keep, drop or fix")
+    if bool(gold) != (decision == "fix"):
+        raise ValueError(f"its decision is {decision} and its new_gold {gold!r}; a new_gold goes with fix, and fix "
+                         "with a new_gold")
+    return row_id, decision, with_gold(known[row_id], gold) if gold else None
+
+
 def with_gold(record: Record, gold: str) -> Record:
     """The record with another gold, of its own answer type where that can hold it. ValueError: no rule can read it."""
-    try:
-        return check_golds([replace(record, answer=gold)])[0]
-    except ValueError as error:
+    faults = []
+    for kind in (record.answer_type, ""):
         try:
-            return check_golds([replace(record, answer=gold, answer_type="")])[0]
-        except ValueError:
-            raise error from None
+            fixed = replace(record, answer=gold, answer_type=kind)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if (fault := gold_fault(fixed)) is None:
+            return fixed
+        faults.append(fault)
+    raise ValueError(faults[0])
 
 
-def correct(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
+def apply_review(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
     """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
     for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
     """
-    corrected = []
+    reviewed = []
     for record in records:
         decision, fixed = decisions.get(record.id, ("", None))
         if fixed is not None:
             if "rollouts" not in record.meta:
                 raise ValueError(f"record {record.id}: its rollouts' answers are not known, so a new gold cannot be "
                                  "judged; give the corrections to the build that measured it")
-            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), [
-                r | {"correct": r["answer"] is not None and answer_matches(r["answer"], fixed)}
-                for r in record.meta["rollouts"]])
+            rollouts = [r | {"accuracy": float(r["answer"] is not None and answer_matches(r["answer"], fixed))}
+                        for r in record.meta["rollouts"]]
+            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), rollouts)
         if decision != "drop":
-            corrected.append(record)
-    return corrected
+            reviewed.append(record)
+    return reviewed
 
 
 # --- the card of a ladder ---------------------------------------------------------------------------------------------
 
-LICENCES = {"mathvision": "MIT", "wemath": "CC BY-NC 4.0", "polymath": "AFL-3.0", "scemqa": "unstated",
-            "mathv360k": "none given"}  # as their authors publish them
-HUB_LICENCES = {"MIT": "mit", "CC BY-NC 4.0": "cc-by-nc-4.0", "AFL-3.0": "afl-3.0"}  # the hub's names for them
-
 
 def licence(source: str) -> str:
+    """As the authors of a source publish it."""
     name = re.sub(r"[^a-z0-9]", "", source.lower())
-    return next((value for key, value in LICENCES.items() if name.startswith(key)), "as its source")
+    return next((DATASETS[key].licence for key in SOURCES if name.startswith(key)), "as its source")
 
 
 def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, notes: list[str]) -> None:
@@ -463,27 +474,17 @@ def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, no
     and where it departs from the shares.
     """
     licences = {licence(r.source) for r in ladder}
-    name = HUB_LICENCES.get(licences.pop(), "other") if len(licences) == 1 else "other"
-    size = next((f"{low}<n<{high}" for low, high, limit in (
-        ("", "1K", 1e3), ("1K", "10K", 1e4), ("10K", "100K", 1e5), ("100K", "1M", 1e6)) if len(ladder) < limit),
-        "n>1M").removeprefix("<")
-    measured = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items())
+    [name] = licences if len(licences) == 1 else ["other"]
+    bounds = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", np.inf: "n>1M"}
+    front = DatasetCardData(
+        pretty_name="A NeuraLadder", license=name if re.fullmatch(r"[a-z0-9.-]+", name) else "other",
+        task_categories=["image-text-to-text"], tags=["curriculum", "reasoning", "reinforcement-learning"],
+        size_categories=[next(size for limit, size in bounds.items() if len(ladder) < limit)],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "ladder.parquet"}]}])
+    picture = "![shares and complexity by level, mixing by stage, examples](ladder.png)\n\n"
+    measured = markdown(["setting", "value"], [[key.replace("_", " "), str(value)] for key, value in settings.items()])
     path.write_text(f"""---
-pretty_name: A NeuraLadder
-license: {name}
-task_categories:
-- image-text-to-text
-tags:
-- curriculum
-- reasoning
-- reinforcement-learning
-size_categories:
-- {size}
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: ladder.parquet
+{front.to_yaml()}
 ---
 # A ladder of {len(ladder)} problems
 
@@ -492,8 +493,7 @@ Visual problems with answers that a rule can check, on nine stages from easy to 
 responses of the model below, `complexity` their mean length in tokens; each stage is mixed from a window of five
 difficulty levels.
 
-![shares and complexity by level, mixing by stage, examples](ladder.png)
-
+{picture if path.with_name("ladder.png").exists() else ""}\
     datasets.load_dataset("FOLDER", split="train")       # stage after stage; column stage: 0 .. 8
     torchrun train.py --data FOLDER
 
@@ -509,87 +509,31 @@ The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem
 
 ## How it was measured
 
-| setting | value |
-|---|---|
 {measured}
 """, encoding="utf-8")
 
 
-# --- from the command line --------------------------------------------------------------------------------------------
-
 def report(ladder: list[Record]) -> str:
     """Counts by level, stage and source, beside the paper's: Markdown that reads well in a terminal."""
-    table, complexity = stage_table(ladder), level_complexity(ladder)
-    lines = ["| level | problems | share | paper | complexity, tokens | paper |", "|---|---|---|---|---|---|"]
+    table = stage_table(ladder)
+    levels = []
     for level, count in enumerate(table.sum(0)):
-        lines.append(f"| {level / (LEVELS - 1):.3f} | {count:6d} | {count / len(ladder):.3f} | "
-                     f"{PAPER_SHARES[level]:.3f} | {complexity[level]:5.0f} | {PAPER_COMPLEXITY[level]} |")
-    lines += ["", "| stage | problems | " + " | ".join(f"level {n}" for n in range(LEVELS)) + " |",
-              "|---|---|" + "---|" * LEVELS]
-    for stage, row in enumerate(table):
-        lines.append(f"| {stage} | {row.sum():6d} | " + " | ".join(f"{n:5d}" for n in row) + " |")
-    lines += ["", "| source | problems | licence |", "|---|---|---|"]
+        at_level = [r.complexity or 0 for r in ladder if level_of(r) == level]
+        levels.append([f"{level / (LEVELS - 1):.3f}", str(count), f"{count / len(ladder):.3f}",
+                       f"{PAPER_SHARES[level]:.3f}", f"{np.mean(at_level):.0f}" if at_level else "-",
+                       str(PAPER_COMPLEXITY[level])])
+    stages = [[str(stage), str(row.sum()), *map(str, row)] for stage, row in enumerate(table)]
+    sources = []
     for source, count in sorted(Counter(r.source for r in ladder).items(), key=lambda item: (-item[1], item[0])):
         name = " ".join(source.replace("|", "/").split()) or "(not named)"
-        lines.append(f"| {name} | {count} | {licence(source)} |")
-    return "\n".join(lines)
+        sources.append([name, str(count), licence(source)])
+    return "\n\n".join([
+        markdown(["level", "problems", "share", "paper", "complexity, tokens", "paper"], levels),
+        markdown(["stage", "problems", *(f"level {n}" for n in range(LEVELS))], stages),
+        markdown(["source", "problems", "licence"], sources)])
 
 
-def level_complexity(ladder: list[Record]) -> np.ndarray:
-    """[L] mean complexity of each level, in tokens; nan where there is no problem."""
-    levels = [[r.complexity for r in ladder if level_of(r) == level] for level in range(LEVELS)]
-    return np.array([np.mean(level) if level else np.nan for level in levels])
-
-
-def plot_ladder(ladder: list[Record], path: Path) -> None:
-    """A ladder -> a PNG: shares and complexity by level, mixing by stage, and a picture of each level, easy to hard."""
-    table = stage_table(ladder)  # [S, L] problems
-    stages, levels = table.shape
-    names = [f"{level / (levels - 1):.3g}" for level in range(levels)]
-    figure = Figure(figsize=(16, 9), layout="constrained")
-    axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (levels - 4), [str(level) for level in range(levels)]],
-                                 height_ratios=[5, 3])
-    shares = axes["shares"]
-    shares.bar(range(levels), table.sum(0) / table.sum(), color="C0", alpha=.6, label="share")
-    shares.plot(range(levels), PAPER_SHARES, "_", color="black", markersize=24, label="share, paper")
-    shares.set(title="problems by difficulty level", xlabel="difficulty", ylabel="share", xticks=range(levels),
-               xticklabels=names)
-    tokens = shares.twinx()
-    tokens.plot(range(levels), level_complexity(ladder), "o-", color="C1", label="complexity")
-    tokens.plot(range(levels), PAPER_COMPLEXITY, "--", color="C1", alpha=.6, label="complexity, paper")
-    tokens.set(ylabel="complexity, tokens", ylim=(0, None))
-    shares.legend(loc="upper left")
-    tokens.legend(loc="upper left", bbox_to_anchor=(0, .88))
-
-    mix = axes["mixing"]
-    own = table / table.sum(1, keepdims=True).clip(min=1)  # [S, L]
-    mix.imshow(own, cmap="Blues", vmin=0, vmax=.8, aspect="auto")
-    for stage in range(stages):
-        for level in range(levels):
-            if table[stage, level] or MIXING[stage, level]:
-                mix.text(level, stage, f"{own[stage, level]:.3f}\n({MIXING[stage, level]:.3f})", ha="center",
-                         va="center", fontsize=7, color="white" if own[stage, level] > .4 else "black")
-    mix.set(title="mixing: share of each level in a stage (paper's)", xlabel="difficulty", ylabel="stage, problems",
-            xticks=range(levels), xticklabels=names, yticks=range(stages),
-            yticklabels=[f"{stage}: {n}" for stage, n in enumerate(table.sum(1))])
-
-    for level in range(levels):
-        axis = axes[str(level)]
-        axis.set_axis_off()
-        axis.set_anchor("N")
-        at_level = sorted((r for r in ladder if level_of(r) == level and r.images),
-                          key=lambda r: (r.complexity, r.id))
-        if at_level:
-            example = at_level[len(at_level) // 2]
-            picture = open_image(example.images[0], example.id)
-            picture.thumbnail((512, 512))
-            axis.imshow(picture)
-            question = "\n".join(textwrap.wrap(textwrap.shorten(example.question, 110), 24))
-            axis.set_title(f"difficulty {names[level]}, {example.complexity:.0f} tokens\n{question}", fontsize=8,
-                           parse_math=False)  # a lone $ of a question would be an error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        figure.savefig(path, dpi=100)
+# --- from the command line --------------------------------------------------------------------------------------------
 
 
 def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
@@ -603,33 +547,44 @@ def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record
                 bad.append(f"{path}: the id {record.id!r} stands in {good[record.id][1]} too; ids must be unique")
             else:
                 good[record.id] = record, path
-    return settle("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
+    return raise_or_skip("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
 
 
 def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
     """What the records are to be measured by; where they are measured, what a settings.json beside their file tells."""
     if is_raw(records[0]):
-        model = args.filter_model or args.model
+        asker = args.filter_model or args.model
         return {"data": data_digest(records), "model": model_digest(args.model),
-                "simple-question filter": "off" if args.keep_simple else model_digest(model), "samples": SAMPLES,
+                "simple-question filter": "off" if args.keep_simple else model_digest(asker), "samples": SAMPLES,
                 **{key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
                                                        "sampling_seed")}}
-    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data]
-    builds = [settings_of(folder).get("measured_by") for folder in dict.fromkeys(folders)]
-    unknown, builds = None in builds, [build for build in builds if build]
+    folders = dict.fromkeys(Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data)
+    files = [folder / "settings.json" for folder in folders]
+    builds = [read_json(file) for file in files if file.exists()]
     for other in builds[1:]:
-        if unlike := [key for key in builds[0] if key != "data" and builds[0][key] != other.get(key)]:
+        if unlike := [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]:
             raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
                              f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
-    known = {"model": "unknown" + " in part" * bool(builds)} if unknown else builds[0]
-    whole = len(builds) == len(args.data) == 1 and args.limit is None
-    return known if whole else known | {"data": data_digest(records)}
+    known = builds[0] if builds else {}
+    if len(builds) < len(files):
+        known = {"model": "unknown" + " in part" * bool(builds)}
+    if len(builds) != 1 or len(args.data) > 1 or args.limit is not None:
+        known = known | {"data": data_digest(records)}
+    return {key: value for key, value in known.items() if key != "program"}
 
 
-def settings_of(folder: Path) -> dict:
-    """What an earlier run left in settings.json: what measured, and which ids could not be used. {}: no earlier run."""
-    file = folder / "settings.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError, naming the option, for what cannot be meant."""
+    for name, low in (("rows", 1), ("max_tokens", 1), ("size", 1), ("limit", 1), ("temperature", 1e-6)):
+        value = getattr(args, name)
+        if value is not None and not low <= value < np.inf:  # (nan is neither)
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
+    if not 0 <= args.low_complexity < 1:
+        raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
+    ladder = (args.out / "ladder.parquet").resolve()
+    if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
+        raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
+                         "or give another --out")
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
@@ -637,16 +592,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
 
     The settings go to settings.json, so that the same command can go on and another one is refused.
     """
-    for name, low in (("rows", 1), ("max_tokens", 1), ("size", 1), ("limit", 1), ("temperature", 1e-6)):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small")
-    if not 0 <= args.low_complexity < 1:
-        raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
-    best_device()  # refuses more processes than GPUs
-    ladder = (args.out / "ladder.parquet").resolve()
-    if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
-        raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
-                         "or give another --out")
+    check_args(args)
     records = load_all(args.data, args.limit, args.skip_bad)
     raw = [r for r in records if is_raw(r)]
     if raw and len(raw) < len(records):
@@ -654,22 +600,19 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
                          "build from the measured ones alone, or take difficulty and complexity out of all")
     if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
-    settings, old = measured_by(args, records), settings_of(args.out)
-    if old:
-        check_same(args.out, "a build", old["measured_by"], settings)
-    if not old and args.out.exists() and any(not file.name.startswith(".") for file in args.out.iterdir()):
-        raise ValueError(f"{args.out} is not empty and holds no build of curriculum.py; give another --out")
-    dropped = set(old.get("dropped", ()))
-    if raw and not old:  # (checked once: it takes a while)
-        usable = check_golds(records, args.skip_bad)
+    settings, dropped_ids = measured_by(args, records), args.out / "dropped.json"
+    goes_on = begun(args.out, {"program": "curriculum.py"} | settings, FREE)
+    dropped = set(read_json(dropped_ids)) if goes_on and dropped_ids.exists() else set()
+    if raw and not goes_on:  # (checked once: it takes a while)
+        usable = records
         for path in sorted({args.model, args.model if args.keep_simple else args.filter_model or args.model}):
-            usable = check_prompts(Processor(path, args.max_pixels), usable, args.prompt, skip_bad=args.skip_bad)
+            usable = check_records(Processor(path, args.max_pixels), usable, args.prompt, skip_bad=args.skip_bad)
         dropped = {r.id for r in records} - {r.id for r in usable}
     records = [r for r in records if r.id not in dropped]
     if args.corrections:
         read_corrections(args.corrections, records)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "settings.json", {"measured_by": settings, "dropped": sorted(dropped)})
+    claim(args.out, {"program": "curriculum.py"} | settings)
+    write_json(dropped_ids, sorted(dropped))
     return records, settings
 
 
@@ -680,7 +623,7 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
         write_review(reviewable, args.out)
     decisions = read_corrections(args.corrections, records) if args.corrections else {}
     decided = Counter(decision for decision, _ in decisions.values())
-    reviewed = correct(records, decisions)
+    reviewed = apply_review(records, decisions)
     pool = low_complexity_cut(reviewed, args.low_complexity)
     supply = np.bincount([level_of(r) for r in pool], minlength=LEVELS)
     size, scarce = largest_size(supply)
@@ -696,19 +639,18 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
              f"Level {scarce} is the scarcest: a ladder that over-draws no level has {size} problems; this one has "
              f"{len(ladder)}{f' of {args.size} asked for' if args.size else ''}, shuffled with seed {args.seed}."]
     notes += [f"There is no problem of level {level}." for level in np.flatnonzero(supply == 0)]
-    off = departures(stage_table(ladder), stage_sizes(args.size or size), MIXING)
+    off = off_shares(stage_table(ladder), stage_sizes(args.size or size), MIXING)
     notes += [f"Departs from the shares: {line}." for line in off] or ["No share departs by more than rounding."]
     counts = report(ladder)
     bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
     save_records(str(args.out / "ladder.parquet"), bare)
-    plot_ladder(ladder, args.out / "ladder.png")
     write_card(args.out / "README.md", ladder, counts, settings, notes)
     print(counts, "", *notes, f"-> {args.out}", sep="\n")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure problems by a model's own rollouts and build a ladder. "
-                                     "(`curriculum.py show LADDER` prints and draws one.)")
+                                     "(`curriculum.py show LADDER` prints one.)")
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
     parser.add_argument("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
     parser.add_argument("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
@@ -733,45 +675,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def show(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="curriculum.py show", description="Print and draw a ladder.")
+    parser = argparse.ArgumentParser(prog="curriculum.py show", description="Print what is on a ladder.")
     parser.add_argument("ladder", help="file, folder or hub id")
-    parser.add_argument("--out", type=Path, default=Path("ladder.png"))
-    args = parser.parse_args(argv)
-    ladder = load_records(args.ladder)
-    print(report(ladder), "", *departures(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
-    plot_ladder(ladder, args.out)
-    print(f"-> {args.out}")
+    ladder = load_records(parser.parse_args(argv).ladder)
+    print(report(ladder), "", *off_shares(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
 
 
 def main() -> None:
     if sys.argv[1:2] == ["show"]:
         return show(sys.argv[2:])
     args = parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (gloo on GPUs too: ranks only wait for each other, maybe for days)
-        dist.init_process_group("gloo", timeout=timedelta(days=365))
-    records, settings = together(lambda: prepare(args))
+    start_processes()
+    records, settings = on_rank_0(lambda: prepare(args))
     if raw := is_raw(records[0]):
-        def measured(name: str, model: str, **sampling) -> list[Record]:
-            load = partial(load_both, model, args.max_pixels)
-            return [measure(result) for result in roll_out(args.out, name, records, load, rows=args.rows,
-                                                           seed=args.sampling_seed, keep_texts=False, **sampling)]
-
-        if not args.keep_simple:
-            tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
-                             max_tokens=min(DIRECT_TOKENS, args.max_tokens))
-            records = [record for record, answered in zip(records, tried) if answered.difficulty > 0]
-            if not records:
-                raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
-                                 "--keep-simple with another --out")
-        records = measured("rollouts", args.model, samples=SAMPLES, temperature=args.temperature, style=args.prompt,
-                           max_tokens=args.max_tokens)
-    rank, world = place()
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0:
+        records = measure_all(args, records)
+    if rank_and_world()[0] == 0:
         if raw:
             save_records(str(args.out / "measured.parquet"), records)  # ladders of other shares can be built from it
         build(args, records, settings)
+    stop_processes()
 
 
 if __name__ == "__main__":

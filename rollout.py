@@ -1,8 +1,10 @@
-"""What the policy does: load it, sample groups of responses, score their tokens.
+"""What the policy does: sample groups of responses, score their tokens; and where it lies: devices, processes, shards.
 
-    load_policy        a Qwen-VL checkpoint, in fp32 to train, flash-attention where it is installed
     sample_groups      G responses to each prompt, through transformers' `generate` with a decode loop of our own
     response_logprobs  log pi(o_t | q, o_<t) of given responses, with gradients
+    load_policy        a Qwen-VL checkpoint, in fp32 to train, flash-attention where it is installed
+    load_trainer       the policy in shares (FSDP2), a plain replica that samples, a reference, AdamW -> Policy
+    on_rank_0, ...     what the processes of torchrun tell each other
 
 The sampler and the trainer must agree to rounding, or the update is not the policy's own gradient. So both take
 log-probs from one function (`log_distribution`: temperature, vision tokens excluded), token ids go from one to the
@@ -28,17 +30,29 @@ import hashlib
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import logging as hf_logging
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -54,99 +68,22 @@ CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU 
 
 
 @dataclass
+class Sample:
+    """One response as it was sampled, not judged yet."""
+
+    text: str  # without the stop token
+    ids: list[int]  # [T] token ids, with the stop token where one came
+    truncated: bool  # whether max_tokens cut it off: no stop token came
+    logprobs: torch.Tensor  # [T] the sampler's own
+
+
+@dataclass
 class Group:
     """G responses to one prompt."""
 
     record: Record
     prompt: Prompt
-    responses: list[list[int]]  # G lists of token ids, each with its stop token where one came
-    texts: list[str]  # the same as text, without the stop token
-    truncated: list[bool]  # whether max_tokens cut it off: no stop token came
-    logprobs: list[torch.Tensor]  # G tensors [T], the sampler's own
-
-
-# --- the policy -------------------------------------------------------------------------------------------------------
-
-
-def best_device() -> torch.device:
-    """This process's own GPU where there are any, else the CPU. (Not Apple's: nothing here was ever tried on it.)
-
-    Raises ValueError where the processes of this machine are more than its GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if local > gpus:
-        raise ValueError(f"{local} processes for {gpus} GPUs; start at most one on each")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cuda")
-
-
-def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
-                freeze_vision: bool = False, gradient_checkpointing: bool = False,
-                computes_on: torch.device | str | None = None) -> PreTrainedModel:
-    """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
-
-    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. Raises
-    ValueError when path is no Qwen vision-language model.
-    """
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
-    try:
-        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
-    if family not in FAMILIES:
-        raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
-    flash = torch.device(computes_on or device).type == "cuda" and is_flash_attn_2_available()
-    attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
-                                                        trust_remote_code=False).to(device)
-    if freeze_vision:
-        model.model.visual.requires_grad_(False)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where it computes: weights may be off-loaded to the CPU meanwhile (train.shard)."""
-    return getattr(model, "computes_on", model.device)
-
-
-def autocast(model: PreTrainedModel):
-    """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
-    # (a sharded model's blocks compute in bf16 by themselves)
-    masters = device_of(model).type == "cuda" and model.dtype == torch.float32 and not hasattr(model, "inside")
-    # (without its cache of cast weights while sampling: a captured step would keep their addresses)
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=model.training) if masters else contextlib.nullcontext()
-
-
-def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                      attention_mask: torch.Tensor | None, slots: Slots | None = None,
-                      packing: Packing | None = None, **options) -> tuple[torch.Tensor, None]:
-    """Attention of the language model; query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D].
-
-    slots: the sampler's; the query is each row's newest token. packing: the trainer's. Neither: as transformers has it.
-    """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # (under autocast the rotation has left them in fp32)
-    flash = query.is_cuda and is_flash_attn_2_available() and value.dtype != torch.float32
-    if slots is not None:
-        keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
-        if flash:
-            return flash_attn_with_kvcache(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                           cache_seqlens=(slots.lengths + 1).int(), softmax_scale=module.scaling), None
-        # The heads that share a key head stand as its queries: one read of the cache, and no copy of it for each head.
-        shared = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [N, key heads, heads of each, D]
-        out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=attention_mask, scale=module.scaling)
-        return out.reshape(len(query), 1, -1, query.shape[-1]), None
-    if packing is not None and flash:
-        return packing.attend(query, key, value, module.scaling, flash_attn_varlen_func), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+    samples: list[Sample]
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, excluded: torch.Tensor) -> torch.Tensor:
@@ -158,6 +95,46 @@ def log_distribution(logits: torch.Tensor, temperature: float, excluded: torch.T
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Record], prompts: list[Prompt], *,
+                  samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
+    """Sample `samples` responses to each of P prompts, at most max_rows rows, but a group, at a time -> P groups.
+
+    A response depends on seed, record id and its number in the group, and on nothing that is sampled beside it (but
+    for rounding): not on batch, order, max_rows or processes. No global random state is used.
+    """
+    config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
+    was_training, inherited = model.training, model.generation_config
+    model.eval()  # in train mode gradient checkpointing silently drops the cache, and the text comes out wrong
+    model.generation_config = config  # `generate` fills unset fields from here: nothing inherited may be left
+    stops = set(processor.stop_ids)
+    groups = [Group(record, prompt, []) for record, prompt in zip(records, prompts, strict=True)]
+    # Neighbours in length share a batch, so that little of it is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    per_batch = max(1, max_rows // samples)
+    try:
+        with autocast(model):
+            for start in range(0, len(order), per_batch):
+                chosen = order[start:start + per_batch]
+                uniform = np.stack([uniforms(seed, records[i].id, g, max_tokens) for i in chosen
+                                    for g in range(samples)])
+                loop = partial(decode, repeats=samples, uniform=torch.from_numpy(uniform).to(model.device),
+                               graph=capture if model.device.type == "cuda" else None)
+                inputs = processor.collate([prompts[i] for i in chosen])
+                tokens, logprobs = model.generate(**{k: v.to(model.device) for k, v in inputs.items()},
+                                                  generation_config=config, custom_generate=loop)
+                tokens, logprobs = tokens.tolist(), logprobs.cpu()  # [N, T]
+                for j, i in enumerate(chosen):
+                    for n in range(j * samples, (j + 1) * samples):
+                        end = next((t + 1 for t, token in enumerate(tokens[n]) if token in stops), None)
+                        ids, text = tokens[n][:end], processor.decode(tokens[n][:end])
+                        groups[i].samples.append(Sample(text, ids, end is None, logprobs[n, :end].clone()))
+    finally:
+        model.generation_config = inherited
+        model.model.rope_deltas = None  # the prompts' positions, left there, would leak into another forward
+        model.train(was_training)
+    return groups
 
 
 def generation_config(processor: Processor, *, temperature: float, max_tokens: int) -> GenerationConfig:
@@ -184,59 +161,6 @@ def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     total = cdf[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[:, 0]  # the first token whose cdf lies above
-
-
-class Slots:
-    """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is."""
-
-    def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype):
-        """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
-        of each prompt; repeats: rows for each prompt; dtype: of the computation (the cache may hold another)."""
-        self.keys, self.values = [], []
-        for layer in layers:
-            for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
-                places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
-                places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
-                mine.append(theirs.to(dtype).gather(2, places).repeat_interleave(repeats, 0))
-            layer.keys = layer.values = None
-        self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
-
-    def grow(self, count: int) -> None:
-        for tensors in (self.keys, self.values):
-            for i, t in enumerate(tensors):  # (one by one: never is more than one of them there twice)
-                tensors[i] = F.pad(t, (0, 0, 0, count))
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.lengths = self.lengths[rows]
-        for tensors in (self.keys, self.values):
-            for i, t in enumerate(tensors):
-                tensors[i] = t[rows]
-
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> all slots of the layer."""
-        rows = torch.arange(len(key), device=key.device)
-        self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
-        self.values[layer][rows, :, self.lengths] = value[:, :, 0]
-        return self.keys[layer], self.values[layer]
-
-    def mask(self) -> torch.Tensor:
-        """[N, 1, 1, S]: the slots that are filled, the newest token's own among them."""
-        return (torch.arange(self.keys[0].shape[2], device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
-
-
-def capture(step: Callable) -> Callable:
-    """One decode step as a CUDA graph: one launch where Python would make a thousand. The step itself, where that
-    fails, which is said."""
-    stream = torch.cuda.current_stream()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
-    except RuntimeError as error:
-        torch.cuda.set_stream(stream)  # (a failed capture may leave its own in force)
-        warnings.warn(f"decoding step by step, slowly: the CUDA graph failed: {error}", stacklevel=2)
-        return step
 
 
 @torch.no_grad()
@@ -304,58 +228,72 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     return tokens, logprobs
 
 
-@torch.no_grad()
-def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Record], prompts: list[Prompt], *,
-                  samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
-    """Sample `samples` responses to each of P prompts, at most max_rows rows, but a group, at a time -> P groups.
+class Slots:
+    """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is."""
 
-    A response depends on seed, record id and its number in the group, and on nothing that is sampled beside it (but
-    for rounding): not on batch, order, max_rows or processes. No global random state is used.
-    """
-    config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
-    was_training, inherited = model.training, model.generation_config
-    model.eval()  # in train mode gradient checkpointing silently drops the cache, and the text comes out wrong
-    model.generation_config = config  # `generate` fills unset fields from here: nothing inherited may be left
-    stops, groups = set(processor.stop_ids), [None] * len(prompts)
-    # Neighbours in length share a batch, so that little of it is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    per_batch = max(1, max_rows // samples)
+    def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype):
+        """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
+        of each prompt; repeats: rows for each prompt; dtype: of the computation (the cache may hold another)."""
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        for layer in layers:
+            for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
+                places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
+                places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
+                mine.append(theirs.to(dtype).gather(2, places).repeat_interleave(repeats, 0))
+            layer.keys = layer.values = None
+        self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
+
+    def grow(self, count: int) -> None:
+        for tensors in (self.keys, self.values):
+            for i, t in enumerate(tensors):  # (one by one: never is more than one of them there twice)
+                tensors[i] = F.pad(t, (0, 0, 0, count))
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.lengths = self.lengths[rows]
+        for tensors in (self.keys, self.values):
+            for i, t in enumerate(tensors):
+                tensors[i] = t[rows]
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> all slots of the layer."""
+        rows = torch.arange(len(key), device=key.device)
+        self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
+        self.values[layer][rows, :, self.lengths] = value[:, :, 0]
+        return self.keys[layer], self.values[layer]
+
+    def mask(self) -> torch.Tensor:
+        """[N, 1, 1, S]: the slots that are filled, the newest token's own among them."""
+        return (torch.arange(self.keys[0].shape[2], device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+
+
+def capture(step: Callable) -> Callable:
+    """One decode step as a CUDA graph: one launch where Python would make a thousand. The step itself, where that
+    fails, which is said."""
+    stream = torch.cuda.current_stream()
     try:
-        with autocast(model):
-            for start in range(0, len(order), per_batch):
-                chosen = order[start:start + per_batch]
-                uniform = np.stack([uniforms(seed, records[i].id, g, max_tokens) for i in chosen
-                                    for g in range(samples)])
-                loop = partial(decode, repeats=samples, uniform=torch.from_numpy(uniform).to(model.device),
-                               graph=capture if model.device.type == "cuda" else None)
-                inputs = processor.collate([prompts[i] for i in chosen])
-                tokens, logprobs = model.generate(**{k: v.to(model.device) for k, v in inputs.items()},
-                                                  generation_config=config, custom_generate=loop)
-                tokens, logprobs = tokens.tolist(), logprobs.cpu()  # [N, T]
-                for j, i in enumerate(chosen):
-                    group = groups[i] = Group(records[i], prompts[i], [], [], [], [])
-                    for n in range(j * samples, (j + 1) * samples):
-                        end = next((t + 1 for t, token in enumerate(tokens[n]) if token in stops), None)
-                        group.responses.append(tokens[n][:end])
-                        group.logprobs.append(logprobs[n, :end].clone())
-                        group.truncated.append(end is None)
-                        group.texts.append(processor.decode(tokens[n][:end]))
-    finally:
-        model.generation_config = inherited
-        model.model.rope_deltas = None  # the prompts' positions, left there, would leak into another forward
-        model.train(was_training)
-    return groups
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # (a failed capture may leave its own in force)
+        warnings.warn(f"decoding step by step, slowly: the CUDA graph failed: {error}", stacklevel=2)
+        return step
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
-
 @dataclass
 class Packed:
-    """One row of the trainer: a prompt, and responses to it side by side."""
+    """One row of the trainer: a prompt, responses to it side by side, and what the loss takes with each of them."""
 
     prompt: Prompt
-    responses: list[list[int]]
+    responses: list[list[int]]  # [T] token ids each
+    advantages: list[float] = field(default_factory=list)
+    sampled: list[torch.Tensor] = field(default_factory=list)  # [T] each, the sampler's log-probs
+    old: list[torch.Tensor] | None = None  # [T] each, the policy's log-probs at sampling time; None: its present ones
+    counted: bool = True  # False: fills up a rank's micro-batches, and is nothing to the loss
 
     def __len__(self) -> int:
         return len(self.prompt.ids) + sum(map(len, self.responses))
@@ -391,29 +329,37 @@ class Packing:
     def sequences(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
         """Places in B * L of all queries and of their keys, sequence after sequence; where the sequences of each end;
         and the longest of each."""
-        queries, keys = [], []
+        queries: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
         for row, segment in enumerate(self.segment):
             prompt = torch.tensor([], dtype=torch.long, device=segment.device)  # (a prompt's keys are its own)
             for g in range(int(segment.max()) + 1):
                 queries.append(row * len(segment) + (segment == g).nonzero()[:, 0])
                 keys.append(torch.cat([prompt, queries[-1]]))
                 prompt = queries[-1] if g == 0 else prompt
-        ends = [F.pad(torch.tensor([len(part) for part in parts]).cumsum(0), (1, 0)).int().to(self.segment.device)
-                for parts in (queries, keys)]
-        return torch.cat(queries), torch.cat(keys), *ends, max(map(len, queries)), max(map(len, keys))
+
+        def ends(parts: list[torch.Tensor]) -> torch.Tensor:
+            lengths = torch.tensor([len(part) for part in parts], device=self.segment.device)
+            return F.pad(lengths.cumsum(0), (1, 0)).int()
+
+        return (torch.cat(queries), torch.cat(keys), ends(queries), ends(keys), max(map(len, queries)),
+                max(map(len, keys)))
 
 
 def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Packing:
     """Rows side by side, padded on the right. A response's positions begin where the prompt's end."""
     shape = len(rows), max(map(len, rows))
     ids, segment = torch.full(shape, processor.pad_id), torch.full(shape, -1)
-    positions, before = torch.zeros(3, *shape, dtype=torch.long), []
+    positions = torch.zeros(3, *shape, dtype=torch.long)
+    before: list[int] = []
     for b, row in enumerate(rows):
         prompt, start = row.prompt.ids, len(row.prompt.ids)
         ids[b, :start], segment[b, :start] = prompt, 0
-        positions[:, b, :start] = torch.arange(start) if row.prompt.grid is None else model.model.get_rope_index(
-            prompt[None], mm_token_type_ids=(prompt == processor.image_id).int()[None],
-            image_grid_thw=row.prompt.grid)[0][:, 0]
+        positions[:, b, :start] = torch.arange(start)
+        if row.prompt.grid is not None:
+            pictured = (prompt == processor.image_id).int()[None]
+            positions[:, b, :start] = model.model.get_rope_index(
+                prompt[None], mm_token_type_ids=pictured, image_grid_thw=row.prompt.grid)[0][:, 0]
         first = positions[:, b, :start].max() + 1
         for g, response in enumerate(row.responses, 1):
             end = start + len(response)
@@ -422,16 +368,19 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
             before += [b * shape[1] + place for place in (len(prompt) - 1, *range(start, end - 1))]
             start = end
     inputs = {"input_ids": ids, "position_ids": positions}
-    if pictured := [row.prompt for row in rows if row.prompt.pixels is not None]:
-        inputs |= {"pixel_values": torch.cat([p.pixels for p in pictured]),
-                   "image_grid_thw": torch.cat([p.grid for p in pictured])}
-    device, before = device_of(model), torch.tensor(before)
-    return Packing({name: x.to(device) for name, x in inputs.items()}, segment.to(device), before.to(device),
-                   torch.cat([torch.tensor(r) for row in rows for r in row.responses]).to(device))
+    pixels = [row.prompt.pixels for row in rows if row.prompt.pixels is not None]
+    grids = [row.prompt.grid for row in rows if row.prompt.grid is not None]
+    if pixels:
+        inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    device = device_of(model)
+    targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])
+    return Packing({name: x.to(device) for name, x in inputs.items()}, segment.to(device),
+                   torch.tensor(before, device=device), targets.to(device))
 
 
 def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[Packed], temperature: float,
-                      chunk: int = 1024, blank: Prompt | None = None) -> tuple[torch.Tensor, ...]:
+                      chunk: int = 1024, blank: Prompt | None = None,
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Score the N responses of packed rows, in order -> (log-probs, entropy, mask), each [N, T].
 
     log-probs are of the sampling distribution (temperature, vision tokens excluded) and carry gradients; entropy is
@@ -449,7 +398,7 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:  # [n], [n]
         seen = []
-        if blank is not None and "pixel_values" not in packing.inputs:
+        if blank and blank.pixels is not None and blank.grid is not None and "pixel_values" not in packing.inputs:
             seen = tree_leaves(model.model.visual(blank.pixels.to(device), grid_thw=blank.grid.to(device)))
         hidden = model.model(**packing.inputs, attention_mask=packing.mask(), packing=packing,
                              use_cache=False).last_hidden_state.flatten(0, 1)[packing.before]  # [n, H]
@@ -457,13 +406,236 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
             hidden = hidden + 0 * features.sum() if features.is_floating_point() else hidden
         parts = [checkpoint(head, h, t, use_reentrant=False)
                  for h, t in zip(hidden.split(chunk), packing.targets.split(chunk))]
-        return tuple(torch.cat(part) for part in zip(*parts))
+        logp, entropy = zip(*parts)
+        return torch.cat(logp), torch.cat(entropy)
 
     with autocast(model):
-        logp, entropy = model.inside(forward) if hasattr(model, "inside") else forward()  # (inside: train.shard)
+        logp, entropy = model.inside(forward) if hasattr(model, "inside") else forward()  # (inside: shard)
     lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=device)
     mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [N, T]
-    return *(torch.zeros(mask.shape, device=device).masked_scatter(mask, part) for part in (logp, entropy)), mask
+    nothing = torch.zeros(mask.shape, device=device)
+    return nothing.masked_scatter(mask, logp), nothing.masked_scatter(mask, entropy), mask
+
+
+# === the fold: below, attention, how a policy is loaded, and how several processes share it ===========================
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                      attention_mask: torch.Tensor | None, slots: Slots | None = None,
+                      packing: Packing | None = None, **options) -> tuple[torch.Tensor, None]:
+    """Attention of the language model; query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D].
+
+    slots: the sampler's; the query is each row's newest token. packing: the trainer's. Neither: as transformers has it.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # (under autocast the rotation has left them in fp32)
+    flash = query.is_cuda and is_flash_attn_2_available() and value.dtype != torch.float32
+    if slots is not None:
+        keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
+        if flash:
+            return flash_attn_with_kvcache(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
+                                           cache_seqlens=(slots.lengths + 1).int(), softmax_scale=module.scaling), None
+        # The heads that share a key head stand as its queries: one read of the cache, and no copy of it for each head.
+        shared = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [N, key heads, heads of each, D]
+        out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=attention_mask, scale=module.scaling)
+        return out.reshape(len(query), 1, -1, query.shape[-1]), None
+    if packing is not None and flash:
+        return packing.attend(query, key, value, module.scaling, flash_attn_varlen_func), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
+                freeze_vision: bool = False, gradient_checkpointing: bool = False,
+                computes_on: torch.device | str | None = None) -> PreTrainedModel:
+    """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
+
+    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. Raises
+    ValueError when path is no Qwen vision-language model.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
+    try:
+        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
+    if family not in FAMILIES:
+        raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
+    flash = torch.device(computes_on or device).type == "cuda" and is_flash_attn_2_available()
+    attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
+                                                        trust_remote_code=False).to(device)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where it computes: weights may be off-loaded to the CPU meanwhile (shard)."""
+    return getattr(model, "computes_on", model.device)
+
+
+def autocast(model: PreTrainedModel):
+    """bf16 compute where fp32 weights lie on a GPU; elsewhere the weights' own precision."""
+    # (a sharded model's blocks compute in bf16 by themselves)
+    masters = device_of(model).type == "cuda" and model.dtype == torch.float32 and not hasattr(model, "inside")
+    # (without its cache of cast weights while sampling: a captured step would keep their addresses)
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=model.training) if masters else contextlib.nullcontext()
+
+
+# --- the policy in training -------------------------------------------------------------------------------------------
+
+@dataclass
+class Policy:
+    """The policy in its several forms, and what moves it."""
+
+    model: PreTrainedModel  # fp32, in shares where there are several processes
+    sampler: PreTrainedModel  # a plain replica to sample with; on one CPU the policy itself
+    reference: PreTrainedModel | None  # with a KL: the model that the run began with, to hold the policy near it
+    optimizer: torch.optim.AdamW
+    processor: Processor
+
+
+def load_trainer(source: str, processor: Processor, device: torch.device, *, lr: float, reference: str | None = None,
+                 freeze_vision: bool = False, gradient_checkpointing: bool = False, offload: bool = False) -> Policy:
+    """Load a checkpoint to be trained; reference: the folder or hub id of the model that a KL is to. A collective."""
+    sharded, half = rank_and_world()[1] > 1 or offload, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def ready(model: PreTrainedModel) -> PreTrainedModel:  # each is shared out before the next is loaded: together,
+        if sharded:  # whole, they may be too much
+            shard(model, device, offload)
+        return model
+
+    home = torch.device("cpu") if sharded else device
+    model = ready(load_policy(source, home, computes_on=device, freeze_vision=freeze_vision,
+                              gradient_checkpointing=gradient_checkpointing))
+    held = None
+    if reference:
+        held = ready(load_policy(reference, home, computes_on=device, dtype=half).requires_grad_(False).eval())
+    sampler = model
+    if sharded or device.type == "cuda":
+        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=device.type == "cuda" and not offload)
+    return Policy(model, sampler, held, optimizer, processor)
+
+
+def shard(model, device: torch.device, offload: bool) -> None:
+    """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
+    bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
+    # (Inputs are not cast: rounded rotary angles would make another policy than the replica's.)
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
+    precision = half if device.type == "cuda" else MixedPrecisionPolicy()
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for part in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
+    # What is outside of the blocks (embeddings, head, norms) is gathered when this is called.
+    model.computes_on, model.inside = device, lambda work: work()
+    register_fsdp_forward_method(model, "inside")
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded. A collective."""
+    if isinstance(value, DTensor):
+        return value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return value
+
+
+@torch.no_grad()
+def copy_weights(policy: Policy) -> None:
+    """Give the replica that samples the policy's weights. It is a plain model: generating with the sharded one would
+    gather every layer for every token. A collective."""
+    if policy.sampler is not policy.model:
+        for copy, weight in zip(policy.sampler.parameters(), policy.model.parameters(), strict=True):
+            copy.copy_(full_tensor(weight.to(copy.dtype)))
+
+
+def load_to_sample(path: str, max_pixels: int | None) -> tuple[PreTrainedModel, Processor]:
+    """A model to sample with, on this process's own GPU where there are any, and its processor."""
+    processor, device = Processor(path, max_pixels), claim_device()
+    return load_policy(path, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32), processor
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+def claim_device() -> torch.device:
+    """Take this process's own GPU where there are any, else the CPU. (Not Apple's: nothing here was ever tried on it.)
+
+    Raises ValueError where the processes of this machine are more than its GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > gpus:
+        raise ValueError(f"{local} processes for {gpus} GPUs; start at most one on each")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda")
+
+
+def start_processes(offload: bool = False) -> torch.device:
+    """Meet the other processes of torchrun, where there are any -> this one's device. Every program calls it first."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # (a single process saves by itself, and may)
+    device = claim_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # (one rank may answer, or save, for long while others wait for it;
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # one that dies ends all at once: torchrun)
+    elif offload:  # off-loading is FSDP's, which wants a group, be it of one
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_rank_0(work: Callable):
+    """Rank 0 does the work; every rank gets its result. A collective: every rank must call it.
+
+    Raises ValueError on rank 0 for a ValueError or OSError of the work, SystemExit on the others: rank 0 alone prints.
+    """
+    rank, world = rank_and_world()
+    result, fault, cause = None, None, None
+    if rank == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
+            fault, cause = str(error), error
+    if world > 1:
+        box = [result, fault]
+        dist.broadcast_object_list(box)
+        result, fault = box
+    if fault is not None:
+        if rank > 0:
+            raise SystemExit(1)
+        raise ValueError(fault) from cause
+    return result
+
+
+def gather_shares(share: list) -> list:
+    """Each rank's share [rank::world] of a list -> the whole list, on all ranks. A collective."""
+    _, world = rank_and_world()
+    shares = [share] * world
+    if world > 1:
+        dist.all_gather_object(shares, share)
+    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
 
 
 def main() -> None:
@@ -477,14 +649,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    processor, device = Processor(args.model), best_device()
-    model = load_policy(args.model, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    start_processes()
+    model, processor = load_to_sample(args.model, None)
     # (a record needs a gold answer; none is known here and none is used)
     record = Record("command line", args.question, "unknown", images=tuple(args.image))
     prompts = [processor.encode(record, args.prompt)]
     [group] = sample_groups(model, processor, [record], prompts, samples=args.samples, temperature=args.temperature,
                             max_tokens=args.max_tokens, seed=args.seed)
-    print("\n\n".join(group.texts))
+    print("\n\n".join(sample.text for sample in group.samples))
 
 
 if __name__ == "__main__":

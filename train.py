@@ -10,7 +10,7 @@ The loop, for each batch of P problems of the ladder:
     reward   r_i = accuracy_i + 0.5 format_i + bonus_i                                 rewards.py
     weight   adv_i = w(d) (r_i - mean r) / (std r + eps),  w(d) = 4 sigma d (1 - d)    rewards.py
     update   L = - sum_i sum_t min(ratio adv_i, clip(ratio, 1 - eps, 1 + eps) adv_i) / tokens
-    log      every quantity of the README's glossary, to metrics.jsonl
+    log      every quantity of step_metrics' glossary, to metrics.jsonl
 
 Departures from the official code (arXiv 2505.12432, GitHub zrguo/Observe-R1), each with its reason; those of rewards
 and curriculum stand at the head of their own files:
@@ -26,18 +26,18 @@ and curriculum stand at the head of their own files:
   7. "Old" log-probs are the trainer's own, in the packing of the update; in the first update of a rollout they are
      the policy's very own, nothing is computed, and ratio is 1.
 
-With several processes each takes a share of the prompts and of the weights (FSDP2), and the run is the same: see "many
-GPUs" below. It may be stopped or killed at any moment and goes on with --resume, to the bit: see "checkpoints".
+With several processes each takes a share of the prompts and of the weights (rollout.shard), and the run is the same. It
+may be stopped or killed at any moment and goes on with --resume, to the bit: see "checkpoints".
 
 Shapes: P prompts, G responses of a group, N rows (responses), T response tokens.
 """
 from __future__ import annotations
 
 import argparse
-import fcntl
-import hashlib
+import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -49,217 +49,67 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, HfArgumentParser
-from transformers import logging as hf_logging
 
-from curriculum import Curriculum
-from data import Processor, Prompt, Record, check_prompts, load_records
+from curriculum import Batch, Curriculum
+from data import Processor, Prompt, Record, check_records, load_records
 from eval import (
-    TECHNICAL,
-    Result,
+    answer_to_disk,
     before_after,
-    check_same,
+    begun,
+    claim,
     data_digest,
-    evaluate,
-    place,
+    judge,
+    lock,
     plot_curves,
-    plot_strip,
+    read_answers,
+    read_json,
+    response_lines,
     summarize,
-    together,
+    unanswered,
     write_json,
-    write_page,
+    write_responses,
 )
-from rewards import VERIFIER, Rewards, check_golds, group_rewards, score_groups
+from rewards import VERIFIER, Response, Rewards, group_rewards
 from rollout import (
     Group,
     Packed,
-    best_device,
+    Policy,
+    copy_weights,
     device_of,
+    full_tensor,
+    gather_shares,
     generation_config,
-    load_policy,
+    load_trainer,
+    on_rank_0,
+    rank_and_world,
     response_logprobs,
     sample_groups,
+    start_processes,
+    stop_processes,
 )
 
 HERE = Path(__file__).resolve().parent
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def setting(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Config:
-    """Every setting of a run. Defaults are the paper's, except where a preset says otherwise."""
-
-    preset: Literal["toy", "3b", "7b"] = setting("toy", "row of the table PRESETS; options given beside it prevail")
-    model: str = setting("", "policy to start from: Hugging Face folder or hub id")
-    data: str = setting("", "training problems: ladder folder, Parquet, JSONL, ... or hub id")
-    test: str = setting("", "held-out problems, evaluated before, at each stage's end and after; empty: none")
-    out: str = setting("", "folder of the run (default: out/<preset>-<order>-<prompt>-seed<seed>)")
-    resume: bool = setting(False, "go on with the run in --out from its newest checkpoint")
-    skip_bad: bool = setting(False, "leave out records that cannot be used, instead of stopping")
-
-    # in what order
-    stage: str = setting("all", "rungs of the ladder to train on: all, one (3) or a range (0-3)")
-    order: Literal["ladder", "sorted", "random", "reverse"] = setting(
-        "ladder", "of the problems; unmeasured data has only random")
-
-    # sample
-    prompt: Literal["none", "think", "observe"] = setting("observe", "prompt style and the format it asks for")
-    group_size: int = setting(8, "G, responses to a prompt")
-    prompts_per_rollout: int = setting(128, "P, prompts sampled before the policy is updated")
-    temperature: float = setting(1.0, "of sampling, and of the log-probs in the loss")
-    max_prompt_tokens: int = setting(9216, "a longer prompt is refused, never cut")
-    max_response_tokens: int = setting(8192, "a response is cut here")
-    max_pixels: int = setting(2_560_000, "pictures of a larger area are shrunk to it")
-    rollout_rows: int = setting(256, "responses sampled at a time, a group at least; less saves memory")
-
-    # reward and weight
-    format_weight: float = setting(0.5, "of the format reward")
-    bonus: float = setting(0.2, "to the shortest correct response of a group; 0: off")
-    bonus_floor: int = setting(100, "tokens; a shortest correct response at or under it earns no bonus")
-    sigma: float = setting(1.8, "of the difficulty weight w(d) = 4 sigma d (1 - d); 0: weight off, all groups count 1")
-    normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
-    rejection_sampling: bool = setting(
-        False, "a control in place of GRPO: learn from right answers, each counting 1, and from no others")
-
-    # update
-    updates_per_rollout: int = setting(16, "optimizer steps a rollout is split into, by prompts")
-    clip_low: float = setting(0.2, "ratio is clipped at 1 - clip_low")
-    clip_high: float = setting(0.2, "ratio is clipped at 1 + clip_high")
-    aggregation: Literal["token", "sequence", "constant"] = setting(
-        "token", "loss is a mean over tokens | over sequences of their token means | sum / (N max tokens), Dr. GRPO")
-    kl_coef: float = setting(0.0, "of the KL to the starting model (k3); 0: no reference is loaded")
-    count_no_signal: bool = setting(False, "count the tokens of groups without signal in the loss's denominator")
-    mask_truncated: bool = setting(False, "leave cut-off responses out of the loss")
-    freeze_vision: bool = setting(False, "train the language model only")
-    lr: float = setting(1e-6, "peak learning rate of AdamW")
-    warmup: float = setting(0.03, "share of the updates over which lr rises")
-    schedule: Literal["cosine", "constant"] = setting("cosine", "of lr after the warm-up; cosine falls to 0.1 lr")
-    grad_clip: float = setting(1.0, "gradients are scaled to this norm at most")
-    gradient_checkpointing: bool = setting(True, "recompute activations in backward, to save memory")
-    micro_tokens: int = setting(
-        16384, "tokens in one forward and backward; changes memory and speed, not the result")
-
-    offload: bool = setting(False, "keep weights, gradients and moments in the CPU's memory: 3B on one GPU of 24-48 GB")
-
-    # evaluate, save, log
-    eval_samples: int = setting(4, "k of avg@k at temperature 1, before and after")
-    eval_limit: int = setting(0, "held-out problems answered, greedily, at a stage's end; 0: all")
-    save_every: int = setting(0, "steps between checkpoints, besides those at a stage's end; 0: none")
-    keep: int = setting(2, "newest checkpoints kept")
-    tracker: Literal["none", "tensorboard", "wandb"] = setting("none", "also log there, through accelerate")
-    seed: int = setting(0, "of sampling and of the order inside a stage")
-
-
-# What a preset changes; everything else is the paper's, as Config has it.
-PRESETS: dict[str, dict] = {
-    "toy": {
-        "model": str(HERE / "assets/toy/model"), "data": str(HERE / "assets/toy/ladder"),
-        "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
-        "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
-        "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
-    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 64, "save_every": 10},
-    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 32, "save_every": 10},
-}
-
-
-def parse_config(args: list[str] | None = None) -> Config:
-    """Command line -> Config: the paper's defaults, then the preset's, then what is given. Unknown options exit."""
-    args = sys.argv[1:] if args is None else args
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the preset, whose settings become defaults
-    first.add_argument("--preset", choices=PRESETS, default="toy")
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.set_defaults(**PRESETS[first.parse_known_args(args)[0].preset])
-    _, unknown = parser.parse_known_args(args)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
-    [cfg] = parser.parse_args_into_dataclasses(args, look_for_args_file=False)
-    cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"
-    check_config(cfg)
-    return cfg
-
-
-def as_kept(cfg: Config) -> dict:
-    """The settings as config.json has them: what lies in this repository by its place there, for a run goes on, and is
-    compared with others, in another clone too."""
-    settings = asdict(cfg) | {"resume": False}
-    inside = {name: Path(settings[name]) for name in ("model", "data", "test") if Path(settings[name]).is_absolute()}
-    return settings | {name: str(path.relative_to(HERE)) for name, path in inside.items() if path.is_relative_to(HERE)}
-
-
-def check_config(cfg: Config) -> None:
-    """Raise ValueError, naming option and remedy, for settings that cannot be meant."""
-    if cfg.group_size < 2:
-        raise ValueError(f"--group-size {cfg.group_size}: advantages compare the responses of a group; take 2 or more")
-    if cfg.prompts_per_rollout % cfg.updates_per_rollout:
-        raise ValueError(f"--prompts-per-rollout {cfg.prompts_per_rollout} does not divide into --updates-per-rollout "
-                         f"{cfg.updates_per_rollout} updates")
-    if not cfg.model or not cfg.data:
-        raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with "
-                         "--order random")
-    for name in ("temperature", "lr", "micro_tokens", "prompts_per_rollout", "updates_per_rollout", "rollout_rows",
-                 "max_response_tokens", "max_prompt_tokens", "max_pixels", "grad_clip", "keep", "eval_samples"):
-        if not 0 < getattr(cfg, name) < math.inf:  # (nan is neither)
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0 and finite")
-    if cfg.rollout_rows < cfg.group_size:
-        raise ValueError(f"--rollout-rows {cfg.rollout_rows} is below --group-size {cfg.group_size}: a group is "
-                         "sampled together")
-    for name in ("format_weight", "bonus", "sigma", "kl_coef", "clip_high", "save_every", "eval_limit"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be finite and not negative")
-    for name in ("clip_low", "warmup"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie between 0 and 1")
-    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
-        raise ValueError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
-    parse_stages(cfg.stage)
-
-
-def parse_stages(text: str) -> range | None:
-    """`all` -> None, `3` -> range(3, 4), `0-3` -> range(0, 4). Raises ValueError otherwise."""
-    if text == "all":
-        return None
-    found = re.fullmatch(r"([0-8])(?:-([0-8]))?", text)
-    stages = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not stages:
-        raise ValueError(f"--stage {text}: must be all, a stage from 0 to 8, or a range such as 0-3")
-    return stages
-
-
 # --- the loss ---------------------------------------------------------------------------------------------------------
-
 
 def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
               num_tokens: int | None = None, num_sequences: int | None = None, *, clip_low: float = 0.2,
-              clip_high: float = 0.2, aggregation: str = "token", max_tokens: int | None = None,
+              clip_high: float = 0.2, aggregation: str = "token", max_tokens: int = 1,
               ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped GRPO loss of N responses (method.md, 1).
@@ -270,14 +120,14 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     num_sequences * max_tokens.
     """
     mask = mask.to(logprobs.dtype)
-    num_tokens = max(1, mask.sum().item() if num_tokens is None else num_tokens)
-    num_sequences = max(1, len(mask) if num_sequences is None else num_sequences)
+    tokens = max(1, mask.sum().item() if num_tokens is None else num_tokens)
+    sequences = max(1, len(mask) if num_sequences is None else num_sequences)
     if aggregation == "token":
-        share = mask / num_tokens  # [N, T], what a token counts
+        share = mask / tokens  # [N, T], what a token counts
     elif aggregation == "sequence":
-        share = mask / mask.sum(1, keepdim=True).clamp(min=1) / num_sequences
+        share = mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences
     else:
-        share = mask / (num_sequences * max_tokens)
+        share = mask / (sequences * max_tokens)
 
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()  # pi(o_t) / pi_old(o_t)
@@ -300,86 +150,28 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
 # --- one update -------------------------------------------------------------------------------------------------------
 
-
-@dataclass
-class Row(Packed):
-    """A packed row on its way through the loss: some responses of one group, beside their prompt."""
-
-    advantages: list[float]
-    sampled: list[torch.Tensor]  # [T] each, the sampler's log-probs
-    old: list[torch.Tensor] | None = None  # [T] each, the policy's log-probs at sampling time; None: its present ones
-    counted: bool = True  # False: fills up a rank's micro-batches, and is nothing to the loss
-
-
-def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Row]:
-    """The kept responses of a group, in rows of at most budget tokens, but one response at least."""
-    rows: list[Row] = []
-    for g in kept:
-        if not rows or len(rows[-1]) + len(group.responses[g]) > budget:
-            rows.append(Row(group.prompt, [], [], []))
-        rows[-1].responses.append(group.responses[g])
-        rows[-1].advantages.append(advantages[g])
-        rows[-1].sampled.append(group.logprobs[g])
-    return rows
-
-
-def micro_batches(rows: list[Row], budget: int) -> list[list[Row]]:
-    """Rows of like length together, as many as come, padded, to at most budget tokens, but one at least."""
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=len, reverse=True):  # the longest first: too little memory shows at once
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-def even_out(parts: list[list[list[Row]]], processor: Processor, cfg: Config) -> list[Prompt | None]:
-    """Give each rank as many micro-batches of each update as the rank with the most has, for a sharded model's ranks
-    must make the same calls -> for each update a prompt whose picture runs where rows have none; None: nobody has any.
-    """
-    load = torch.tensor([[len(micros), any(row.prompt.grid is not None for micro in micros for row in micro)]
-                         for micros in parts])
-    dist.all_reduce(load, dist.ReduceOp.MAX)
-    blanks = [processor.encode(Record("blank", "?", "1", images=pictures), cfg.prompt)
-              for pictures in ((), (Image.new("RGB", (28, 28)),))]
-    for micros, (count, pictured) in zip(parts, load.tolist()):
-        micros += [[Row(blanks[pictured], [processor.stop_ids[:1]], [0.0], [torch.zeros(1)], counted=False)]
-                   for _ in range(count - len(micros))]
-    return [blanks[1] if pictured else None for _, pictured in load.tolist()]
-
-
-def update(model, reference, processor: Processor, optimizer, groups: list[Group], rewards: Rewards, lrs: list[float],
+def update(policy: Policy, groups: list[Group], responses: list[list[Response]], rewards: Rewards, lrs: list[float],
            cfg: Config) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    groups: of all ranks; this one forwards group rank, rank + world, ...  Raises FloatingPointError, on all ranks and
-    before the weights change, when the loss is not finite.
+    groups: this rank's, rank, rank + world, ...; responses: of all ranks. Raises FloatingPointError, on all ranks and
+    before the weights change, when the loss is not finite. A collective.
     """
-    (rank, world), device = place(), device_of(model)
-    parts: list[list[list[Row]]] = []  # of each update this rank's micro-batches
+    device, world = device_of(policy.model), rank_and_world()[1]
+    parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
-    for part in np.array_split(np.arange(len(groups)), len(lrs)):
-        rows, tokens, sequences = [], 0, 0
-        for p in part:
-            group, forwarded = groups[p], bool(rewards.signal[p]) or cfg.kl_coef > 0
-            kept = [g for g, cut in enumerate(group.truncated) if not (cut and cfg.mask_truncated)]
-            if forwarded and p % world == rank:
-                rows += pack_group(group, rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
-            if forwarded or cfg.count_no_signal:
-                tokens += sum(len(group.responses[g]) for g in kept)
-                sequences += len(kept)
+    for part in np.array_split(np.arange(len(responses)), len(lrs)):
+        rows, tokens, sequences = rows_of(part, groups, responses, rewards, cfg)
         parts.append(micro_batches(rows, cfg.micro_tokens))
         counts.append((tokens, sequences))
-    blanks = even_out(parts, processor, cfg) if world > 1 else [None] * len(parts)
+    blanks = even_out(parts, policy.processor, cfg) if world > 1 else [None] * len(parts)
+    forward = partial(response_logprobs, processor=policy.processor, temperature=cfg.temperature)
 
-    def padded(values: list[list[torch.Tensor]]) -> torch.Tensor:  # rows of [T] -> [N, T]
-        return torch.nn.utils.rnn.pad_sequence(sum(values, []), batch_first=True).to(device)
-
-    model.train()
+    policy.model.train()
     with torch.no_grad():  # later updates meet a policy that has moved: note its log-probs before the first,
         for micros, blank in zip(parts[1:], blanks[1:]):  # in the packing of the update: another one rounds otherwise
             for micro in micros:
-                logprobs, _, mask = response_logprobs(model, processor, micro, cfg.temperature, blank=blank)
+                logprobs, _, mask = forward(policy.model, rows=micro, blank=blank)
                 flat = iter([row[keep].cpu() for row, keep in zip(logprobs, mask)])
                 for row in micro:
                     row.old = [next(flat) for _ in row.responses]
@@ -390,22 +182,23 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
             continue  # no signal on any rank, no step: Adam's momentum alone would move the weights
         sums: dict[str, torch.Tensor] = {}
         for micro in micros:
-            logprobs, entropy, mask = response_logprobs(model, processor, micro, cfg.temperature, blank=blank)  # [N, T]
+            logprobs, entropy, mask = forward(policy.model, rows=micro, blank=blank)  # [N, T]
             counted = torch.tensor([row.counted for row in micro for _ in row.responses], device=device)
             mask = mask & counted[:, None]
-            old = logprobs.detach() if micro[0].old is None else padded([row.old for row in micro])
+            old = padded([row.old or [] for row in micro], device) if micro[0].old else logprobs.detach()
             ref = None
-            if reference is not None:
+            if policy.reference is not None:
                 with torch.no_grad():
-                    ref = response_logprobs(reference, processor, micro, cfg.temperature, blank=blank)[0]
+                    ref = forward(policy.reference, rows=micro, blank=blank)[0]
             advantages = torch.tensor([a for row in micro for a in row.advantages], device=device)  # [N]
             loss, stats = grpo_loss(
                 logprobs, old, advantages, mask, num_tokens, num_sequences, clip_low=cfg.clip_low,
                 clip_high=cfg.clip_high, aggregation=cfg.aggregation, max_tokens=cfg.max_response_tokens,
                 ref_logprobs=ref, kl_coef=cfg.kl_coef)
             (loss * world).backward()  # (sharded gradients are means over the ranks; the loss is a sum)
+            gap = (old - padded([row.sampled for row in micro], device)).abs()
             stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach(), "scored": mask.sum(),
-                      "sampler_gap": ((old - padded([row.sampled for row in micro])).abs() * mask).sum()}
+                      "sampler_gap": (gap * mask).sum()}
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value.float()
         if world > 1:
@@ -414,20 +207,153 @@ def update(model, reference, processor: Processor, optimizer, groups: list[Group
             sums = dict(zip(sums, values))
         if not torch.isfinite(sums["loss"]):
             raise FloatingPointError(f"the loss is {sums['loss'].item()}")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
-        for group in optimizer.param_groups:
+        for group in policy.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        policy.optimizer.step()
+        policy.optimizer.zero_grad()
         total["updates"] += 1
-        scored, loss = sums.pop("scored").item(), sums.pop("loss").item()
+        scored, loss_value = sums.pop("scored").item(), sums.pop("loss").item()
         means = {name: value.item() / scored for name, value in sums.items()}
-        means |= {"loss": loss, "grad_norm": norm.item(), "lr": lr}
+        means |= {"loss": loss_value, "grad_norm": norm.item(), "lr": lr}
         total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
     return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
+
+
+def rows_of(part: np.ndarray, groups: list[Group], responses: list[list[Response]], rewards: Rewards, cfg: Config,
+            ) -> tuple[list[Packed], int, int]:
+    """Of an update on the prompts `part`: this rank's packed rows; tokens and responses that count, of all ranks."""
+    rank, world = rank_and_world()
+    rows, tokens, sequences = [], 0, 0
+    for p in part:
+        forwarded = bool(rewards.signal[p]) or cfg.kl_coef > 0
+        kept = [g for g, r in enumerate(responses[p]) if not (r.truncated and cfg.mask_truncated)]
+        if forwarded and p % world == rank:
+            rows += pack_group(groups[p // world], rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
+        if forwarded or cfg.count_no_signal:
+            tokens += sum(responses[p][g].tokens or 0 for g in kept)
+            sequences += len(kept)
+    return rows, tokens, sequences
+
+
+def padded(values: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Of each row its responses' [T] -> [N, T]."""
+    flat = list(itertools.chain.from_iterable(values))
+    return torch.nn.utils.rnn.pad_sequence(flat, batch_first=True).to(device)
+
+
+def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Packed]:
+    """The kept responses of a group, in rows of at most budget tokens, but one response at least."""
+    rows: list[Packed] = []
+    for g in kept:
+        sample = group.samples[g]
+        if not rows or len(rows[-1]) + len(sample.ids) > budget:
+            rows.append(Packed(group.prompt, []))
+        rows[-1].responses.append(sample.ids)
+        rows[-1].advantages.append(advantages[g])
+        rows[-1].sampled.append(sample.logprobs)
+    return rows
+
+
+def micro_batches(rows: list[Packed], budget: int) -> list[list[Packed]]:
+    """Rows of like length together, as many as come, padded, to at most budget tokens, but one at least."""
+    batches: list[list[Packed]] = []
+    for row in sorted(rows, key=len, reverse=True):  # the longest first: too little memory shows at once
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def even_out(parts: list[list[list[Packed]]], processor: Processor, cfg: Config) -> list[Prompt | None]:
+    """Give each rank as many micro-batches of each update as the rank with the most has, for a sharded model's ranks
+    must make the same calls -> for each update a prompt whose picture runs where rows have none; None: nobody has any.
+    """
+    load = torch.tensor([[len(micros), any(row.prompt.grid is not None for micro in micros for row in micro)]
+                         for micros in parts])
+    dist.all_reduce(load, dist.ReduceOp.MAX)
+    blanks = [processor.encode(Record("blank", "?", "1", images=pictures), cfg.prompt)
+              for pictures in ((), (Image.new("RGB", (28, 28)),))]
+    for micros, (count, pictured) in zip(parts, load.tolist()):
+        filler = Packed(blanks[pictured], [processor.stop_ids[:1]], [0.0], [torch.zeros(1)], counted=False)
+        micros += [[filler] for _ in range(count - len(micros))]
+    return [blanks[1] if pictured else None for _, pictured in load.tolist()]
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+def main(args: list[str] | None = None) -> None:
+    cfg = parse_config(args)
+    device = start_processes(cfg.offload)
+    run = Run(cfg)  # its folder: new, gone on with, or refused
+    processor = Processor(run.source, cfg.max_pixels)
+    train, test = load_problems(cfg, processor)
+    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
+    policy = load_trainer(run.source, processor, device, lr=cfg.lr, reference=cfg.model if cfg.kl_coef > 0 else None,
+                          freeze_vision=cfg.freeze_vision, gradient_checkpointing=cfg.gradient_checkpointing,
+                          offload=cfg.offload)
+    run.begin(policy, curriculum, train, test)
+    run.evaluate_if_due()
+    rank, world = rank_and_world()
+    for batch in curriculum:
+        step = curriculum.position
+
+        # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
+        clock = [time.perf_counter()]
+        groups = run.signals.unless_asked(partial(sample, policy, batch.records[rank::world], step, cfg))
+        if groups is None:  # asked to stop: the policy is still what it was after the step before
+            curriculum.undo()
+            break
+
+        # 2. Reward and weight them: adv_i = w(d) (r_i - mean r) / (std r + eps).
+        clock.append(time.perf_counter())
+        responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], on every rank
+        rewards = reward(responses, cfg)
+
+        # 3. Update the policy, and with it what samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
+        clock.append(time.perf_counter())
+        try:
+            stats = update(policy, groups, responses, rewards, learning_rates(step, len(curriculum), cfg), cfg)
+        except FloatingPointError as error:
+            raise SystemExit(run.not_finite(step, batch, error)) from error
+        copy_weights(policy)
+
+        # 4. Log.
+        clock.append(time.perf_counter())
+        metrics = step_metrics(responses, rewards) | stats | system_metrics(responses, clock, device)
+        run.log_step(step, batch, responses, rewards, metrics)
+
+        # 5. Save; at the end of a stage, evaluate.
+        run.save_if_due(batch)
+        run.evaluate_if_due()
+        if run.signals.asked_of_any():
+            break
+    run.close()
+    stop_processes()
+
+
+def sample(policy: Policy, records: list[Record], step: int, cfg: Config) -> list[Group]:
+    """G responses to each record, with random numbers of their own: of seed, step, record and place in the group."""
+    prompts = [policy.processor.encode(r, cfg.prompt) for r in records]
+    return sample_groups(policy.sampler, policy.processor, records, prompts, samples=cfg.group_size,
+                         temperature=cfg.temperature, max_tokens=cfg.max_response_tokens,
+                         seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
+
+
+def reward(responses: list[list[Response]], cfg: Config) -> Rewards:
+    lengths = torch.tensor([[r.tokens for r in group] for group in responses])  # [P, G]
+    return group_rewards(responses, lengths, format_weight=cfg.format_weight, bonus_coef=cfg.bonus,
+                         bonus_min_length=cfg.bonus_floor, sigma=cfg.sigma or None, normalize_std=cfg.normalize_std,
+                         rejection_sampling=cfg.rejection_sampling)
+
+
+def learning_rates(step: int, steps: int, cfg: Config) -> list[float]:
+    """Of the updates of rollout `step`, from 1, of `steps`."""
+    first, total = (step - 1) * cfg.updates_per_rollout, steps * cfg.updates_per_rollout
+    return [learning_rate(first + i, total, cfg) for i in range(cfg.updates_per_rollout)]
 
 
 def learning_rate(update: int, total: int, cfg: Config) -> float:
@@ -441,134 +367,510 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
     return cfg.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-# --- many GPUs --------------------------------------------------------------------------------------------------------
+# === the fold: below, settings, the run's folder and log, signals, checkpoints ========================================
+
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def join_processes(cfg: Config) -> torch.device:
-    """Meet the other processes of torchrun, where there are any -> this one's device."""
-    device = best_device()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(hours=6)  # one rank may sample, or save, for long while others wait; the dead end all at once
-    if dist.is_initialized():
-        return device
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group(backend, timeout=patience)
-    elif cfg.offload:  # off-loading is FSDP's, which wants a group, be it of one
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
+def setting(default, help: str, low: float = -math.inf, high: float = math.inf, technical: bool = False):
+    """A field of Config. low, high: bounds, both allowed (just above 0: TINY). technical: changes memory, speed or what
+    is kept, and not the steps (but by rounding): it may differ on --resume, and between runs that are compared."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "technical": technical})
 
 
-def shard(model, device: torch.device, offload: bool) -> None:
-    """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
-    bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
-    # (Inputs are not cast: rounded rotary angles would make another policy than the replica's.)
-    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": init_device_mesh(device.type, (place()[1],)),
-               "mp_policy": half if device.type == "cuda" else MixedPrecisionPolicy(),
-               "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()}
-    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    # What is outside of the blocks (embeddings, head, norms) is gathered when this is called.
-    model.computes_on, model.inside = device, lambda work: work()
-    register_fsdp_forward_method(model, "inside")
+TINY = sys.float_info.min
 
 
-def load_models(cfg: Config, source: str, device: torch.device) -> tuple:
-    """-> the policy in fp32, in shares where there are several processes; with a KL the model that the run began with,
-    to hold the policy near it; a plain replica of the policy to sample with (on one CPU the policy itself); AdamW."""
-    sharded, half = place()[1] > 1 or cfg.offload, torch.bfloat16 if device.type == "cuda" else torch.float32
+@dataclass
+class Config:
+    """Every setting of a run. Defaults are the paper's, except where a preset says otherwise."""
 
-    def ready(policy):  # each is shared out before the next is loaded: together, whole, they may be too much
-        if sharded:
-            shard(policy, device, cfg.offload)
-        return policy
+    preset: Literal["toy", "3b", "7b"] = setting("toy", "row of the table PRESETS; options given beside it prevail")
+    model: str = setting("", "policy to start from: Hugging Face folder or hub id")
+    data: str = setting("", "training problems: ladder folder, Parquet, JSONL, ... or hub id", technical=True)
+    test: str = setting("", "held-out problems, evaluated before, at each stage's end and after; empty: none",
+                        technical=True)
+    out: str = setting("", "folder of the run (default: out/<preset>-<order>-<prompt>-seed<seed>)", technical=True)
+    resume: bool = setting(False, "go on with the run in --out from its newest checkpoint", technical=True)
+    skip_bad: bool = setting(False, "leave out records that cannot be used, instead of stopping")
 
-    home = {"device": "cpu" if sharded else device, "computes_on": device}
-    model = ready(load_policy(source, **home, freeze_vision=cfg.freeze_vision,
-                              gradient_checkpointing=cfg.gradient_checkpointing))
-    reference = None
-    if cfg.kl_coef > 0:
-        reference = ready(load_policy(cfg.model, **home, dtype=half).requires_grad_(False).eval())
-    sampler = model
-    if sharded or device.type == "cuda":
-        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=device.type == "cuda" and not cfg.offload)
-    return model, reference, sampler, optimizer
+    # in what order
+    stage: str = setting("all", "rungs of the ladder to train on: all, one (3) or a range (0-3)")
+    order: Literal["ladder", "sorted", "random", "reverse"] = setting(
+        "ladder", "of the problems; unmeasured data has only random")
+
+    # sample
+    prompt: Literal["none", "think", "observe"] = setting("observe", "prompt style and the format it asks for")
+    group_size: int = setting(8, "G, responses to a prompt, of which advantages compare the rewards", 2)
+    prompts_per_rollout: int = setting(128, "P, prompts sampled before the policy is updated", 1)
+    temperature: float = setting(1.0, "of sampling, and of the log-probs in the loss", TINY)
+    max_prompt_tokens: int = setting(9216, "a longer prompt is refused, never cut", 1)
+    max_response_tokens: int = setting(8192, "a response is cut here", 1)
+    max_pixels: int = setting(2_560_000, "pictures of a larger area are shrunk to it", 1)
+    rollout_rows: int = setting(256, "responses sampled at a time, a group at least; less saves memory", 1,
+                                technical=True)
+
+    # reward and weight
+    format_weight: float = setting(0.5, "of the format reward", 0)
+    bonus: float = setting(0.2, "to the shortest correct response of a group; 0: off", 0)
+    bonus_floor: int = setting(100, "tokens; a shortest correct response at or under it earns no bonus")
+    sigma: float = setting(
+        1.8, "of the difficulty weight w(d) = 4 sigma d (1 - d); 0: weight off, all groups count 1", 0)
+    normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
+    rejection_sampling: bool = setting(
+        False, "a control in place of GRPO: learn from right answers, each counting 1, and from no others")
+
+    # update
+    updates_per_rollout: int = setting(16, "optimizer steps a rollout is split into, by prompts", 1)
+    clip_low: float = setting(0.2, "ratio is clipped at 1 - clip_low", 0, 1)
+    clip_high: float = setting(0.2, "ratio is clipped at 1 + clip_high", 0)
+    aggregation: Literal["token", "sequence", "constant"] = setting(
+        "token", "loss is a mean over tokens | over sequences of their token means | sum / (N max tokens), Dr. GRPO")
+    kl_coef: float = setting(0.0, "of the KL to the starting model (k3); 0: no reference is loaded", 0)
+    count_no_signal: bool = setting(False, "count the tokens of groups without signal in the loss's denominator")
+    mask_truncated: bool = setting(False, "leave cut-off responses out of the loss")
+    freeze_vision: bool = setting(False, "train the language model only")
+    lr: float = setting(1e-6, "peak learning rate of AdamW", TINY)
+    warmup: float = setting(0.03, "share of the updates over which lr rises", 0, 1)
+    schedule: Literal["cosine", "constant"] = setting("cosine", "of lr after the warm-up; cosine falls to 0.1 lr")
+    grad_clip: float = setting(1.0, "gradients are scaled to this norm at most", TINY)
+    gradient_checkpointing: bool = setting(
+        True, "recompute activations in backward, to save memory", technical=True)
+    micro_tokens: int = setting(
+        16384, "tokens in one forward and backward; changes memory and speed, not the result", 1, technical=True)
+    offload: bool = setting(
+        False, "keep weights, gradients and moments in the CPU's memory: 3B on one GPU of 24-48 GB", technical=True)
+
+    # evaluate, save, log
+    eval_samples: int = setting(4, "k of avg@k at temperature 1, before and after", 1)
+    eval_limit: int = setting(0, "held-out problems answered, greedily, at a stage's end; 0: all", 0)
+    save_every: int = setting(0, "steps between checkpoints, besides those at a stage's end; 0: none", 0,
+                              technical=True)
+    keep: int = setting(2, "newest checkpoints kept", 1, technical=True)
+    tracker: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "also log there, through accelerate", technical=True)
+    seed: int = setting(0, "of sampling and of the order inside a stage", 0)
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded; every rank must ask."""
-    if not isinstance(value, DTensor):
-        return value
-    return value.to(value.device_mesh.device_type).full_tensor()
+# What may differ on --resume. (Folders may have moved; data_digest tells whether the problems are the same.)
+TECHNICAL = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["technical"])
+
+# What a preset changes; everything else is the paper's, as Config has it.
+PRESETS: dict[str, dict] = {
+    "toy": {
+        "model": str(HERE / "assets/toy/model"), "data": str(HERE / "assets/toy/ladder"),
+        "test": str(HERE / "assets/toy/test.parquet"), "max_pixels": 64 * 28 * 28, "max_prompt_tokens": 256,
+        "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16, "updates_per_rollout": 1,
+        "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192},
+    "3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "rollout_rows": 64, "save_every": 10},
+    "7b": {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "rollout_rows": 32, "save_every": 10},
+}
 
 
-@torch.no_grad()
-def refresh(sampler, model) -> None:
-    """Copy the policy's weights into the replica that samples, which is a plain model: generating with the sharded one
-    would gather every layer for every token."""
-    if sampler is not model:
-        for copy, weight in zip(sampler.parameters(), model.parameters(), strict=True):
-            copy.copy_(whole(weight.to(copy.dtype)))
+def parse_config(args: list[str] | None = None) -> Config:
+    """Command line -> Config: the paper's defaults, then the preset's, then what is given. Unknown options exit."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=str(__doc__).split("\n")[0])
+    types = get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        option, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: %(default)s)"
+        if types[f.name] is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            choices = get_args(types[f.name])
+            parser.add_argument(option, type=str if choices else types[f.name], choices=choices or None,
+                                default=f.default, help=text)
+    parser.set_defaults(**PRESETS[parser.parse_known_args(args)[0].preset])
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
+    cfg = Config(**vars(given))
+    cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"
+    check_config(cfg)
+    return cfg
 
 
-def memory(config, cfg: Config, processes: int) -> dict[str, float]:
-    """GB (1e9 bytes) of a GPU's memory that a run takes at its limits, every prompt and response as long as it may be.
+def check_config(cfg: Config) -> None:
+    """Raise ValueError, naming option and remedy, for settings that cannot be meant."""
+    for f in dataclasses.fields(cfg):
+        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            bounds = f"above 0{' and finite' if high == math.inf else ''}" if low == TINY else (
+                f"{low} or more, and finite" if high == math.inf else f"between {low} and {high}")
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be {bounds} ({f.metadata['help']})")
+    if cfg.prompts_per_rollout % cfg.updates_per_rollout:
+        raise ValueError(f"--prompts-per-rollout {cfg.prompts_per_rollout} does not divide into --updates-per-rollout "
+                         f"{cfg.updates_per_rollout} updates")
+    if not cfg.model or not cfg.data:
+        raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with "
+                         "--order random")
+    if cfg.rollout_rows < cfg.group_size:
+        raise ValueError(f"--rollout-rows {cfg.rollout_rows} is below --group-size {cfg.group_size}: a group is "
+                         "sampled together")
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
+        raise ValueError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
+    parse_stages(cfg.stage)
 
-    config: the model's. Counted from its real shapes on the meta device; activations by what a layer keeps for its
-    backward pass (README, "Memory"). "peak" is the larger of two moments that do not meet: sampling, and forward and
-    backward (the fused AdamW's step takes nothing more).
+
+def parse_stages(text: str) -> range | None:
+    """`all` -> None, `3` -> range(3, 4), `0-3` -> range(0, 4). Raises ValueError otherwise."""
+    if text == "all":
+        return None
+    found = re.fullmatch(r"([0-8])(?:-([0-8]))?", text)
+    stages = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not stages:
+        raise ValueError(f"--stage {text}: must be all, a stage from 0 to 8, or a range such as 0-3")
+    return stages
+
+
+def as_kept(cfg: Config) -> dict:
+    """The settings as settings.json has them: what lies in this repository by its place there, for a run goes on, and
+    is compared with others, in another clone too."""
+    settings = {"program": "train.py"} | asdict(cfg) | {"resume": False}
+    for name in ("model", "data", "test"):
+        path = Path(settings[name])
+        if path.is_absolute() and path.is_relative_to(HERE):
+            settings[name] = str(path.relative_to(HERE))
+    return settings
+
+
+def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
+    """Training and held-out problems, every one checked before hours are spent: gold, pictures, prompt length."""
+    def load(path: str) -> list[Record]:
+        records = load_records(path, skip_bad=cfg.skip_bad)
+        good = on_rank_0(lambda: {r.id for r in check_records(processor, records, cfg.prompt, cfg.max_prompt_tokens,
+                                                              cfg.skip_bad)})
+        return [r for r in records if r.id in good]
+
+    return load(cfg.data), load(cfg.test) if cfg.test else []
+
+
+# --- the run's folder and log -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run's folder: its log, its checkpoints, its held-out scores, and the pictures of them.
+
+    All ranks hold one and call its methods together, each a collective; rank 0 writes.
     """
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    text, vision = config.text_config, config.vision_config
-    blocks = [sum(p.numel() for p in block.parameters())
-              for block in [*model.model.visual.blocks, *model.model.language_model.layers]]
-    n, sharded = sum(p.numel() for p in model.parameters()), processes > 1 or cfg.offload
-    outside = n - sum(blocks)  # embeddings, head, norms
-    kept = 0 if cfg.offload else n / processes
-    length = cfg.max_prompt_tokens + cfg.max_response_tokens
-    tokens = max(length, cfg.micro_tokens)
-    patches = cfg.max_prompt_tokens * vision.spatial_merge_size**2  # a prompt that is all picture
-    stream = 2 if sharded else 4  # bytes of the residual stream: fp32 under autocast
-    width = getattr(vision, "embed_dim", vision.hidden_size)  # (Qwen2-VL's hidden_size is the language model's)
-    mlp = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = (tokens * (30 * text.hidden_size + 12 * text.intermediate_size),  # one, from its forward to its backward
-              patches * (30 * width + 12 * mlp))
 
-    gb = {
-        "weights": 4 * kept, "gradients": 4 * kept, "moments": 8 * kept, "replica": 2 * n,
-        "reference": 2 * n / processes * (cfg.kl_coef > 0),
-        # fp32 weights are cast to bf16 whole; sharded ones are gathered in bf16: what is outside of the blocks, with
-        # its gradient and that in fp32 on its way to the other ranks, and two blocks.
-        "compute copies": (8 + 2 * (cfg.kl_coef > 0)) * outside + 10 * max(blocks) if sharded else 2 * n,
-        "cache": 4 * cfg.rollout_rows * length * text.num_hidden_layers * text.num_key_value_heads
-        * head,
-        "activations": stream * (tokens * text.hidden_size * text.num_hidden_layers + patches * width * vision.depth)
-        + (max(layers) if cfg.gradient_checkpointing else layers[0] * text.num_hidden_layers + layers[1] * vision.depth)
-        + 3 * tokens**2 + 24 * 1024 * text.vocab_size}  # the mask, and one chunk of logits
-    held = gb["weights"] + gb["moments"] + gb["replica"] + gb["reference"]
-    gb["peak"] = held + max(
-        gb["cache"] + 34 * cfg.rollout_rows * text.vocab_size,  # logits, and their sum in float64 to draw from
-        gb["gradients"] + gb["compute copies"] + gb["activations"])
-    return {name: value / 1e9 for name, value in gb.items()}
+    def __init__(self, cfg: Config):
+        """Find the folder new, or a run to go on with and its newest checkpoint. Raises ValueError for any other."""
+        self.cfg, self.folder, self.chief = cfg, Path(cfg.out), rank_and_world()[0] == 0
+        self.newest = on_rank_0(lambda: find_run(cfg))
+        self.source = str(self.newest or cfg.model)  # what the policy is loaded from
+        self.signals = Signals()
+
+    def begin(self, policy: Policy, curriculum: Curriculum, train: list[Record], test: list[Record]) -> None:
+        """Claim the folder, now that all is checked, and restore what the newest checkpoint holds."""
+        cfg, world = self.cfg, rank_and_world()[1]
+        self.policy, self.curriculum, self.test = policy, curriculum, test
+        self.records = {r.id: r for r in train}
+        if len(set(gather_shares([(curriculum.digest(), *(r.id for r in test))]))) > 1:
+            raise ValueError(f"{cfg.data} or {cfg.test} is not the same for all processes; give all machines one copy")
+        self.data = on_rank_0(lambda: {"train": data_digest(train), "test": data_digest(test)})
+        self.saved = -1  # step of the newest checkpoint
+        if self.newest:
+            state = read_json(self.newest / "trainer" / "state.json")
+            if state["data"] != self.data:
+                raise ValueError(f"{self.folder} holds a run of other data: {state['data']} there, {self.data} now; "
+                                 "give what it began with, or another --out")
+            curriculum.load_state_dict(state["curriculum"])
+            load_moments(self.newest, policy, state["steps"])
+            self.saved = curriculum.position
+        self.evals = on_rank_0(self._open)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), project_dir=self.folder,
+                                       log_with=None if cfg.tracker == "none" else cfg.tracker)
+        self.accelerator.init_trackers(self.folder.name, config=asdict(cfg))
+        if self.chief:
+            size, steps = sum(p.numel() for p in policy.model.parameters()), len(curriculum)
+            tqdm.write(f"{self.folder}: {size / 1e6:.1f}M parameters, {len(train)} problems in {steps} rollouts of up "
+                       f"to {cfg.prompts_per_rollout} x {cfg.group_size} responses, {steps * cfg.updates_per_rollout} "
+                       f"updates; {len(test)} held out; {world} process{'es' if world > 1 else ''} on "
+                       f"{device_of(policy.model).type}{f'; resumed from {self.newest}' if self.newest else ''}")
+        self.bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout",
+                        disable=not self.chief)
+
+    def _open(self) -> dict[int, dict]:
+        """Rank 0: the folder is this run's, its logs are cut back to its newest checkpoint -> held-out scores there."""
+        claim(self.folder, as_kept(self.cfg))
+        write_json(self.folder / "environment.json", environment() | {"processes": rank_and_world()[1]})
+        effective = generation_config(self.policy.processor, temperature=self.cfg.temperature,
+                                      max_tokens=self.cfg.max_response_tokens)
+        (self.folder / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
+        (self.folder / "held-out").mkdir(exist_ok=True)
+        for file in (self.folder / "held-out").iterdir():  # answers of a policy that was not saved
+            if int(file.name[4:10]) > max(self.saved, 0):
+                file.unlink()
+        cut_log(self.folder / "responses.jsonl", max(self.saved, 0))
+        return {line["step"]: line["eval"] for line in cut_log(self.folder / "metrics.jsonl", max(self.saved, 0))
+                if "eval" in line}
+
+    def log(self, name: str, lines: list[dict]) -> None:
+        if self.chief:
+            with open(self.folder / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def log_step(self, step: int, batch: Batch, responses: list[list[Response]], rewards: Rewards,
+                 metrics: dict) -> None:
+        metrics = {"step": step, "stage": batch.stage} | metrics
+        self.log("metrics.jsonl", [metrics])
+        self.log("responses.jsonl", group_lines(batch, responses, rewards, step))
+        self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
+        if step == 1 and self.chief:
+            warn_first_rollout(metrics, self.cfg)
+        self.bar.update()
+        self.bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}",
+                             accuracy=f"{metrics['accuracy']:.2f}", length=f"{metrics['length']:.0f}")
+
+    def evaluate_if_due(self) -> None:
+        """Held-out scores before the first step, at each stage's end and after the last."""
+        step, steps = self.curriculum.position, len(self.curriculum)
+        ends = step in (0, steps)
+        if self.test and step not in self.evals and (ends or self.curriculum.batches[step - 1].ends_stage):
+            line = held_out(self.policy, self.test, self.cfg, self.folder / "held-out", step, ends, self.signals)
+            if line:
+                self.evals[step] = line["eval"]
+                self.log("metrics.jsonl", [{"step": step} | line])
+                self.prune()
+        if step == self.saved < steps:
+            self.draw()
+
+    def save_if_due(self, batch: Batch | None) -> None:
+        """At each stage's end and every --save-every steps; without a batch: now. Not twice for one step."""
+        step, every = self.curriculum.position, self.cfg.save_every
+        if step > self.saved and (batch is None or batch.ends_stage or every and step % every == 0):
+            if self.chief:
+                for name in ("metrics.jsonl", "responses.jsonl"):  # the log reaches the disk before its checkpoint
+                    sync(self.folder / name)
+            save_checkpoint(self.folder, step, self.policy,
+                            {"data": self.data, "curriculum": self.curriculum.state_dict()})
+            self.saved = step
+            self.prune()
+
+    def prune(self) -> None:
+        always = [r.id for r in self.test[:self.cfg.eval_limit or None]]  # what every evaluation answers
+        greedy = {step: scores["greedy"]["by_problem"] for step, scores in self.evals.items()}
+        if self.chief:
+            mark_best_and_prune(self.folder, {step: sum(found[i] for i in always) / len(always)
+                                              for step, found in greedy.items()}, self.cfg.keep)
+
+    def draw(self) -> None:
+        """curves.png and responses.html, of all that is logged so far."""
+        if self.chief:
+            plot_curves(read_lines(self.folder / "metrics.jsonl"), self.folder / "curves.png")
+            groups = [(self.records[line_id], list(lines)) for (_, line_id), lines in itertools.groupby(
+                read_lines(self.folder / "responses.jsonl"), key=lambda line: (line["step"], line["id"]))]
+            write_responses(groups, self.folder / "responses.html")
+
+    def not_finite(self, step: int, batch: Batch, error: FloatingPointError) -> str:
+        return (f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. The newest whole "
+                f"checkpoint is {max(checkpoints(self.folder), default='none')}; try a lower --lr or --grad-clip from "
+                "there in a new run.")
+
+    def close(self) -> None:
+        """Save, draw, and say what came of it."""
+        self.bar.close()
+        self.save_if_due(None)
+        self.prune()  # (a run that was killed between an evaluation and this)
+        self.draw()
+        self.signals.close()
+        self.accelerator.end_training()
+        step, steps = self.curriculum.position, len(self.curriculum)
+        if not self.chief:
+            return
+        if step < steps or (self.test and steps not in self.evals):
+            print(f"stopped after step {step}, saved; the same command with --resume goes on")
+            return
+        if self.test:
+            print("\n" + before_after(self.evals[0], self.evals[steps]))
+            write_json(self.folder / "scores.json", {"before": self.evals[0], "after": self.evals[steps]})
+        print(f"\nthe run lies in {self.folder}: curves.png, responses.html, metrics.jsonl, "
+              f"{checkpoints(self.folder)[-1].name} (a Hugging Face folder)")
 
 
-def everyones(share: list) -> list:
-    """Each rank's share [rank::world] of a list -> the whole list, on all ranks."""
-    _, world = place()
-    shares = [share] * world
-    if world > 1:
-        dist.all_gather_object(shares, share)
-    return [shares[i % world][i // world] for i in range(sum(map(len, shares)))]
+def find_run(cfg: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
+    Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with, or
+    when all of its checkpoints are damaged.
+    """
+    folder = Path(cfg.out)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run of an older version of this code, which kept config.json; take that "
+                         "version to go on with it, or another --out")
+    if cfg.resume and not (folder / "settings.json").exists():
+        raise ValueError(f"--resume: {folder} holds no run; check --out")
+    if not cfg.resume and (folder / "settings.json").exists():
+        raise ValueError(f"{folder} holds another run; add --resume to go on with it, or choose another --out")
+    if not begun(folder, as_kept(cfg), TECHNICAL):
+        return None
+    lock(folder)
+    return newest_whole(folder)
+
+
+def held_out(policy: Policy, test: list[Record], cfg: Config, folder: Path, step: int, ends: bool,
+             signals: Signals) -> dict | None:
+    """Answer the held-out problems greedily and, at the two ends of training, also at temperature 1 -> the line to log;
+    None when asked to stop before all are answered. In between the first --eval-limit of them have to do.
+
+    Answers are on disk as they come, and a run that goes on does not give them again. A collective.
+    """
+    rank, world = rank_and_world()
+    records = test if ends else test[:cfg.eval_limit or None]
+    scores, shown = {}, []
+    for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
+        file = f"step{step:06d}-{name}"
+        todo = on_rank_0(partial(unanswered, folder, file, records, cfg.rollout_rows, k))
+        work = partial(answer_to_disk, folder, file, todo[rank::world], policy.sampler, policy.processor,
+                       style=cfg.prompt, temperature=temperature, samples=k, max_tokens=cfg.max_response_tokens,
+                       max_rows=cfg.rollout_rows)
+        if signals.unless_asked(work) is None:
+            return None
+        results = read_answers(folder, file, records)
+        scores[name] = summarize(results)
+        if name == "greedy":
+            shown = [{"id": r.record.id, "text": r.responses[0].text, "right": r.responses[0].accuracy > 0}
+                     for r in results[:40]]
+    return {"eval": scores, "shown": shown}
+
+
+def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str, float]:
+    """What one rollout was like, over all its P x G responses.
+
+    reward                  mean of r_i, bonus and all
+    accuracy, format        share of responses with the right answer, with the right format
+    bonus                   share of responses that were paid the bonus (at most 1 / G)
+    all_right, all_wrong    share of groups whose answers are all right, all wrong
+    signal                  share of groups with weight above 0 and unequal rewards: those that are learned from
+    weight                  mean w(d) over groups
+    advantage_std           standard deviation of the weighted advantages
+    length, length_max      response tokens, mean and most
+    truncated               share of responses cut off at the limit
+    observation             share of what is in the picture that <observe> states, inventions counted against it
+
+    Of the update, over the tokens it is trained on (means over the rollout's updates):
+
+    entropy                 of the policy, in nats
+    ratio                   pi / pi_old; 1 in the first update of a rollout
+    clip_low, clip_high     share of tokens whose gradient was clipped away, below and above
+    approx_kl, ref_kl       k3 estimates of KL(pi_old, pi); with --kl-coef, of KL(pi, starting model)
+    sampler_gap             difference of the sampler's and the trainer's log-probs: 1e-6 in fp32, more in bf16; large
+                            where the two are no longer one policy
+    loss, grad_norm, lr     the loss; norm of the gradient before clipping; learning rate
+    updates                 optimizer steps taken (an update without any signal takes none)
+
+    Of the machine: verifier_timeouts, answers given up on so far; tokens_per_second; seconds_rollout, _reward, _update;
+    memory, on a GPU the peak so far of the fullest rank, in GB. eval: held-out scores, overall and by difficulty level.
+    """
+    lengths = torch.tensor([[r.tokens for r in group] for group in responses]).float()  # [P, G]
+    truncated = torch.tensor([[bool(r.truncated) for r in group] for group in responses])
+    right = rewards.accuracy.sum(1)
+    observed = rewards.observation[~rewards.observation.isnan()]
+    metrics = {
+        "reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(), "format": rewards.format.mean(),
+        "bonus": (rewards.bonus > 0).float().mean(), "all_right": (right == lengths.shape[1]).float().mean(),
+        "all_wrong": (right == 0).float().mean(), "signal": rewards.signal.float().mean(),
+        "weight": rewards.weight.mean(), "advantage_std": rewards.advantages.std(), "length": lengths.mean(),
+        "length_max": lengths.max(), "truncated": truncated.float().mean()}
+    if len(observed):
+        metrics["observation"] = observed.mean()
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def system_metrics(responses: list[list[Response]], clock: list[float], device: torch.device) -> dict[str, float]:
+    """Time-outs, speed and, on a GPU, memory; clock: when sampling, judging and updating began, and when they ended."""
+    tokens, seconds = sum(r.tokens or 0 for group in responses for r in group), clock[-1] - clock[0]
+    metrics = {"verifier_timeouts": sum(gather_shares([VERIFIER.timeouts])), "tokens_per_second": tokens / seconds}
+    for name, start, end in zip(("rollout", "reward", "update"), clock, clock[1:]):
+        metrics[f"seconds_{name}"] = end - start
+    if device.type == "cuda":
+        metrics["memory"] = max(gather_shares([torch.cuda.max_memory_allocated() / 1e9]))
+    return metrics
+
+
+def group_lines(batch: Batch, responses: list[list[Response]], rewards: Rewards, step: int,
+                count: int = 2) -> list[dict]:
+    """The first `count` groups of a rollout, as lines of responses.jsonl."""
+    lines = []
+    for p, record in enumerate(batch.records[:count]):
+        about = {"step": step, "stage": batch.stage, "weight": rewards.weight[p].item()}
+        for g, line in enumerate(response_lines(record, responses[p], **about)):
+            lines.append(line | {"bonus": rewards.bonus[p, g].item(), "reward": rewards.total[p, g].item(),
+                                 "advantage": rewards.advantages[p, g].item()})
+    return lines
+
+
+def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
+    """Say what will keep a run from learning, while it is cheap to stop."""
+    if metrics["format"] < 0.5:
+        tqdm.write(f"warning: only {metrics['format']:.0%} of the first responses have the format of --prompt "
+                   f"{cfg.prompt}; groups all wrong or all right carry no format signal. Try an instruction-tuned "
+                   "model, or a short supervised start on formatted answers"
+                   + (", or --prompt think." if cfg.prompt == "observe" else "."))
+    if metrics["signal"] == 0:
+        tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
+                   f"{metrics['all_wrong']:.0%} all wrong. Try easier or harder stages (--stage), a larger "
+                   "--group-size, or another model; read responses.jsonl first.")
+
+
+Result = TypeVar("Result")
+
+
+class Signals:
+    """SIGINT (Ctrl-C) and SIGTERM (torchrun's, a cluster's) ask a run to stop. Sampling is cut short; an update is not,
+    so that what is saved then is whole."""
+
+    def __init__(self):
+        self.asked = self.at_once = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number: int, frame) -> None:
+        if not self.asked and rank_and_world()[0] == 0:  # (os.write, for print is not to be interrupted by itself)
+            os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
+        self.asked = True
+        if self.at_once:
+            self.at_once = False
+            raise KeyboardInterrupt
+
+    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+        """The work's result; None, on all ranks, when any of them is asked to stop before the work is done. The work is
+        this rank's own, without collectives, and is cut short; the answer is one."""
+        result = None
+        try:
+            self.at_once = True
+            result = None if self.asked else work()
+            self.at_once = False
+        except KeyboardInterrupt:
+            pass
+        return None if self.asked_of_any() else result
+
+    def asked_of_any(self) -> bool:
+        """Was any rank? A collective."""
+        return any(gather_shares([self.asked]))
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def environment() -> dict:
+    """Where the run's numbers come from: commit, versions of all that is installed, machine."""
+    def git(*args: str) -> str | None:
+        try:
+            command = ["git", "-C", str(HERE), *args]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # not a checkout, or no git
+
+    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    changes = git("status", "--porcelain", "--", "*.py")
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
+            "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
+            "packages": dict(sorted(packages.items())), "command": sys.argv}
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -576,44 +878,36 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
 
 
-def save_checkpoint(run: Path, step: int, model, sampler, processor: Processor, optimizer, state: dict) -> None:
+def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
     """Write run/checkpoint-<step>: a plain Hugging Face folder, and trainer/ beside it. Whole or not at all.
 
-    All ranks call it; rank 0 gathers, one tensor after the other into its CPU memory, and writes. Written aside, forced
-    to disk, then renamed; trainer/sha256.json tells later whether it still is what was written. Raises OSError, naming
-    what is left and what to do, when it cannot be written.
+    Rank 0 gathers and writes the weights; of AdamW's moments each rank writes its own. Written aside, forced to disk,
+    then renamed. Raises OSError, naming what is left and what to do, when it cannot be written. A collective.
     """
-    path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", place()[0] == 0
-
-    def gather(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        full = ((name, whole(value.detach())) for name, value in tensors.items())
-        return {name: value.cpu().contiguous() for name, value in full if chief}
-
+    path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", rank_and_world()[0] == 0
     try:
+        full = ((name, full_tensor(p.detach())) for name, p in policy.model.named_parameters())  # (all ranks gather)
+        weights = {name: value.cpu().contiguous() for name, value in full if chief}
         if chief:
             shutil.rmtree(aside, ignore_errors=True)
-        weights = gather(dict(model.named_parameters()))
-        if chief:
-            sampler.save_pretrained(aside, state_dict=weights)
-            processor.tokenizer.save_pretrained(aside)
-            processor.image_processor.save_pretrained(aside)
+            policy.sampler.save_pretrained(aside, state_dict=weights)
+            policy.processor.tokenizer.save_pretrained(aside)
+            policy.processor.image_processor.save_pretrained(aside)
             (aside / "trainer").mkdir()
         del weights
-        moments = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-        for kind in MOMENTS:  # (one after the other: all at once would take twice the memory)
-            values = gather({name: moment[kind] for name, moment in moments.items()})
-            if chief:
-                save_file(values, aside / "trainer" / f"{kind}.safetensors")
-            del values
+        gather_shares([True])  # the folder is there
+        if tensors := moments(policy):
+            writer = dcp.HuggingFaceStorageWriter(str(aside / "trainer"), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         if chief:
-            (aside / "trainer" / "state.json").write_text(json.dumps(state, indent=1))
-            names = [str(file.relative_to(aside)) for file in sorted(aside.rglob("*")) if file.is_file()]
-            write_json(aside / "trainer" / "sha256.json", digests(aside, names))
-            for folder in (aside / "trainer", aside):
-                sync(folder)
+            steps = {name: int(policy.optimizer.state[p]["step"]) for name, p in policy.model.named_parameters()
+                     if p in policy.optimizer.state}  # (a weight that had no gradient in some step has taken fewer)
+            write_json(aside / "trainer" / "state.json", state | {"steps": steps})
+            for file in [*sorted(aside.rglob("*")), aside]:
+                sync(file)
             os.replace(aside, path)
             sync(run)
-    except Exception as error:  # (safetensors has errors of its own for a full disk)
+    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
         if not chief:
             raise
         shutil.rmtree(aside, ignore_errors=True)
@@ -623,6 +917,26 @@ def save_checkpoint(run: Path, step: int, model, sampler, processor: Processor, 
                       "on with --resume") from error
 
 
+def moments(policy: Policy) -> dict[str, torch.Tensor]:
+    """AdamW's, by the names of their weights, and shared out as these are."""
+    state = policy.optimizer.state
+    return {f"{kind} {name}": state[p][kind] for name, p in policy.model.named_parameters() if p in state
+            for kind in ("exp_avg", "exp_avg_sq")}
+
+
+def load_moments(path: Path, policy: Policy, steps: dict[str, int]) -> None:
+    """Put AdamW's moments, saved by save_checkpoint, back: of each this rank's share, however many there were."""
+    fused = policy.optimizer.param_groups[0]["fused"]  # (the count of steps is wanted on the CPU, unless it is)
+    for name, p in policy.model.named_parameters():
+        if name in steps:
+            policy.optimizer.state[p] = {
+                "step": torch.tensor(float(steps[name]), device=p.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if steps:
+        dcp.load(moments(policy), storage_reader=dcp.HuggingFaceStorageReader(str(path / "trainer")),
+                 no_dist=not dist.is_initialized())
+
+
 def sync(path: Path) -> None:
     """Force a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -630,25 +944,21 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def digests(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files, each forced to disk first; several at a time, for 3B's are 45 GB."""
-    def digest(name: str) -> str:
-        sync(folder / name)
-        with open(folder / name, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(digest, names)))
-
-
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None: every byte is what was written."""
+    """Why a checkpoint cannot be read; None: each of its files is as long as it says, and its JSON is JSON."""
     try:
-        written = json.loads((path / "trainer" / "sha256.json").read_text())
-        found = digests(path, list(written))
-    except (OSError, ValueError) as error:
+        state = read_json(path / "trainer" / "state.json")
+        files = sorted(path.rglob("*.safetensors"))
+        for file in [*files, *path.glob("*.json")]:
+            if file.suffix == ".json":
+                read_json(file)
+            else:
+                with safe_open(file, "pt") as tensors:
+                    tensors.keys()
+        moved = any(file.parent.name == "trainer" for file in files)
+        return None if moved or not state["steps"] else "its moments are not there"
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         return str(error)
-    return next((f"{name} is not what was written" for name in written if found[name] != written[name]), None)
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -656,7 +966,7 @@ def newest_whole(run: Path) -> Path | None:
 
     Raises ValueError when all are damaged.
     """
-    damaged = []
+    damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
         fault = damage(path)
         if fault is None:
@@ -672,7 +982,6 @@ def newest_whole(run: Path) -> Path | None:
                          "another --out")
     return None
 
-
 def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
     """Name the checkpoint of highest held-out accuracy (the earliest, of equals) in best.json; delete all but this and
     the newest `keep`. evals: step -> greedy accuracy."""
@@ -686,20 +995,9 @@ def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
             shutil.rmtree(there[step])
 
 
-def load_optimizer(path: Path, model, optimizer) -> None:
-    """Put AdamW's moments, saved by save_checkpoint, back: of each this rank's shard, however many there were."""
-    parameters, fused = dict(model.named_parameters()), optimizer.param_groups[0]["fused"]
-    for kind in MOMENTS:
-        with safe_open(path / "trainer" / f"{kind}.safetensors", "pt") as file:
-            for name in file.keys():
-                p, value = parameters[name], file.get_tensor(name)
-                if kind != "step" and isinstance(p, DTensor):  # this rank's rows alone, to where the weight's lie
-                    (rank, world), full, value = place(), value, torch.empty_like(p)
-                    rows = -(-len(full) // world)
-                    value.to_local().copy_(full[rank * rows:(rank + 1) * rows])
-                elif kind != "step" or fused:  # (the count of steps is wanted on the CPU, unless AdamW is fused)
-                    value = value.to(p.device)
-                optimizer.state[p][kind] = value
+def read_lines(path: Path) -> list[dict]:
+    with open(path) as file:
+        return [json.loads(line) for line in file]
 
 
 def cut_log(path: Path, last_step: int) -> list[dict]:
@@ -724,366 +1022,6 @@ def cut_log(path: Path, last_step: int) -> list[dict]:
                              "or start a new run with another --out")
         file.truncate(size)
     return lines
-
-
-class Journal:
-    """A run's folder: its two logs, which are held in memory too, its checkpoints, and the pictures drawn of them.
-
-    All ranks hold one and call its methods together; rank 0 writes.
-    """
-
-    def __init__(self, cfg: Config, train: list[Record], test: list[Record], saved: int):
-        """saved: the newest checkpoint's step, -1 where there is none. Rank 0's logs are cut back to it, so that no
-        step stands twice; the starting model's scores stay good."""
-        self.run, self.keep, self.train, self.test = Path(cfg.out), cfg.keep, train, test
-        self.always = [r.id for r in test[:cfg.eval_limit or None]]  # the problems that every evaluation answers
-        self.saved, self.writes = saved, place()[0] == 0
-        self.logs = together(lambda: {name: cut_log(self.run / name, max(saved, 0))
-                                      for name in ("metrics.jsonl", "responses.jsonl")})
-
-    def log(self, name: str, line: dict) -> None:
-        self.logs[name].append(line)
-        if self.writes:
-            with open(self.run / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def evals(self) -> dict[int, dict[str, dict]]:
-        """Held-out scores by step."""
-        return {line["step"]: line["eval"] for line in self.logs["metrics.jsonl"] if "eval" in line}
-
-    def prune(self) -> None:
-        if self.writes:
-            mark_best_and_prune(self.run, {
-                step: sum(scores["greedy"]["by_problem"][i] for i in self.always) / len(self.always)
-                for step, scores in self.evals().items()}, self.keep)
-
-    def save(self, step: int, model, sampler, processor: Processor, optimizer, state: dict) -> None:
-        """A checkpoint, unless the newest is of this step."""
-        if step > self.saved:
-            for name in self.logs if self.writes else ():  # the log reaches the disk before its checkpoint
-                sync(self.run / name)
-            save_checkpoint(self.run, step, model, sampler, processor, optimizer, state)
-            self.saved = step
-            self.prune()
-
-    def draw(self) -> None:
-        if self.writes:
-            plot_curves(self.logs["metrics.jsonl"], self.run / "curves.png")
-            plot_strip(self.logs["metrics.jsonl"], {r.id: r for r in self.test}, self.run / "strip.png")
-            write_page(self.logs["responses.jsonl"], {r.id: r for r in self.train}, self.run / "responses.html",
-                       title=str(self.run))
-
-
-def environment() -> dict:
-    """Where the run's numbers come from: commit, versions, machine."""
-    def git(*args: str) -> str | None:
-        try:
-            command = ["git", "-C", str(HERE), *args]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # not a checkout, or no git
-
-    packages = ("torch", "transformers", "accelerate", "pillow", "numpy", "datasets", "math-verify", "flash-attn")
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    changes = git("status", "--porcelain", "--", "*.py")
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
-            "python": platform.python_version(), "device": device, "packages": versions, "command": sys.argv}
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-# Settings that may differ on --resume. (Folders may have moved; data_digest tells whether the problems are the same.)
-FREE = ("resume", "out", "data", "test", *TECHNICAL)
-
-
-def lock(run: Path):
-    """The file that a training process holds; ValueError when another one does."""
-    file = open(run / "lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{run}: another process is training there; end it, or wait for it") from None
-    return file
-
-
-def find_run(cfg: Config, held: list) -> Path | None:
-    """The checkpoint to resume from, or None for a run that is new, or that died before its first.
-
-    Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with, or
-    when all of its checkpoints are damaged. held: gets the lock of a run that is there, before they are looked at.
-    """
-    run = Path(cfg.out)
-    if not (run / "config.json").exists():
-        if cfg.resume:
-            raise ValueError(f"--resume: {run} holds no run; check --out")
-        if run.exists() and any(path.name != "lock" and path.name[0] != "." for path in run.iterdir()):
-            raise ValueError(f"{run} is not empty; choose another --out")
-        return None
-    if not cfg.resume:
-        raise ValueError(f"{run} holds another run; add --resume to go on with it, or choose another --out")
-    before, now = ({k: v for k, v in settings.items() if k not in FREE}
-                   for settings in (json.loads((run / "config.json").read_text()), as_kept(cfg)))
-    check_same(run, "a run", before, now)
-    held.append(lock(run))
-    return newest_whole(run)
-
-
-def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
-    """Training and held-out problems, every one checked before hours are spent: gold, pictures, prompt length."""
-    def load(path: str) -> list[Record]:
-        records = load_records(path, skip_bad=cfg.skip_bad)
-        good = together(lambda: {r.id for r in check_prompts(
-            processor, check_golds(records, cfg.skip_bad), cfg.prompt, cfg.max_prompt_tokens, cfg.skip_bad)})
-        return [r for r in records if r.id in good]
-
-    return load(cfg.data), load(cfg.test) if cfg.test else []
-
-
-def step_metrics(groups: list[Group], rewards: Rewards) -> dict[str, float]:
-    """What one rollout was like; each name is defined in the README's glossary."""
-    lengths = torch.tensor([[len(r) for r in g.responses] for g in groups]).float()  # [P, G]
-    correct = rewards.accuracy.sum(1)
-    observed = rewards.observation[~rewards.observation.isnan()]
-    metrics = {
-        "reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(), "format": rewards.format.mean(),
-        "bonus": (rewards.bonus > 0).float().mean(), "all_right": (correct == lengths.shape[1]).float().mean(),
-        "all_wrong": (correct == 0).float().mean(), "signal": rewards.signal.float().mean(),
-        "weight": rewards.weight.mean(), "advantage_std": rewards.advantages.std(), "length": lengths.mean(),
-        "length_max": lengths.max(), "truncated": torch.tensor([g.truncated for g in groups]).float().mean()}
-    metrics = {name: value.item() for name, value in metrics.items()}
-    return metrics | ({"observation": observed.mean().item()} if len(observed) else {})
-
-
-def log_groups(groups: list[Group], rewards: Rewards, step: int, stage: int | None, count: int = 2) -> list[dict]:
-    """The first `count` groups of a rollout, as lines of responses.jsonl."""
-    return [{"step": step, "stage": stage, "id": group.record.id, "weight": rewards.weight[p].item(), "responses": [
-        {"text": text, "answer": rewards.answers[p][g], "accuracy": rewards.accuracy[p, g].item(),
-         "format": rewards.format[p, g].item(), "bonus": rewards.bonus[p, g].item(),
-         "reward": rewards.total[p, g].item(), "advantage": rewards.advantages[p, g].item(),
-         "tokens": len(group.responses[g])} for g, text in enumerate(group.texts)]}
-        for p, group in enumerate(groups[:count])]
-
-
-def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
-    """Say what will keep a run from learning, while it is cheap to stop."""
-    if metrics["format"] < 0.5:
-        tqdm.write(f"warning: only {metrics['format']:.0%} of the first responses have the format of --prompt "
-                   f"{cfg.prompt}; groups all wrong or all right carry no format signal. Try an instruction-tuned "
-                   "model, or a short supervised start on formatted answers"
-                   + (", or --prompt think." if cfg.prompt == "observe" else "."))
-    if metrics["signal"] == 0:
-        tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
-                   f"{metrics['all_wrong']:.0%} all wrong. Try easier or harder stages (--stage), a larger "
-                   "--group-size, or another model; read responses.jsonl first.")
-
-
-class Stop:
-    """SIGINT (Ctrl-C) and SIGTERM (torchrun's, a cluster's) ask a run to stop. Sampling is cut short; an update is not,
-    so that what is saved then is whole."""
-
-    def __init__(self):
-        self.asked = self.at_once = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number: int, frame) -> None:
-        if not self.asked and place()[0] == 0:  # (os.write, for print is not to be interrupted by itself)
-            os.write(2, b"\nstopping: the step under way is finished or left undone, then all is saved\n")
-        self.asked = True
-        if self.at_once:
-            self.at_once = False
-            raise KeyboardInterrupt
-
-    def unless_asked(self, work: Callable):
-        """The work's result; None, on all ranks, when any of them is asked to stop before the work is done."""
-        result = None
-        try:
-            self.at_once = True
-            result = None if self.asked else work()
-            self.at_once = False
-        except KeyboardInterrupt:
-            pass
-        return None if self.asked_of_any() else result
-
-    def asked_of_any(self) -> bool:
-        return any(everyones([self.asked]))
-
-    def close(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def held_out(sampler, processor: Processor, test: list[Record], cfg: Config, stop: Stop, ends: bool) -> dict | None:
-    """Answer the held-out problems greedily and, at the two ends of training, also at temperature 1 -> the line to log;
-    None when asked to stop before all are answered. In between the first --eval-limit of them have to do."""
-    rank, world = place()
-    records = test if ends else test[:cfg.eval_limit or None]
-    scores = {}
-    for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
-        share = stop.unless_asked(lambda t=temperature, k=k: [result.samples for result in evaluate(
-            sampler, processor, records[rank::world], style=cfg.prompt, temperature=t, samples=k,
-            max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)])
-        if share is None:
-            return None
-        results = [Result(record, s) for record, s in zip(records, everyones(share), strict=True)]
-        scores[name] = summarize(results)
-        if name == "greedy":
-            shown = [{"id": r.record.id, "text": r.samples[0].text, "right": r.samples[0].correct}
-                     for r in results[:40]]
-    return {"eval": scores, "shown": shown}
-
-
-def main(args: list[str] | None = None) -> None:
-    cfg = parse_config(args)
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    device = join_processes(cfg)
-    rank, world = place()
-    chief = rank == 0  # who writes all there is to write
-    say = print if chief else lambda *_: None
-    held: list = []  # the lock, as long as main lives
-    run, resume_from = Path(cfg.out), together(lambda: find_run(cfg, held))
-    source = str(resume_from or cfg.model)
-    processor = Processor(source, cfg.max_pixels)
-    train, test = load_problems(cfg, processor)
-    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
-
-    model, reference, sampler, optimizer = load_models(cfg, source, device)
-
-    def set_up() -> None:  # only now: bad input leaves no folder in the way of the mended command
-        run.mkdir(parents=True, exist_ok=True)
-        if not held:
-            held.append(lock(run))
-        write_json(run / "config.json", as_kept(cfg))
-        write_json(run / "environment.json", environment() | {"processes": world})
-
-    together(set_up)
-    accelerator = Accelerator(cpu=device.type == "cpu", project_dir=run,
-                              log_with=None if cfg.tracker == "none" else cfg.tracker)
-    accelerator.init_trackers(run.name, config=asdict(cfg))
-    effective = generation_config(processor, temperature=cfg.temperature, max_tokens=cfg.max_response_tokens)
-    if chief:
-        (run / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
-    total_updates = len(curriculum) * cfg.updates_per_rollout
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{run}: {size / 1e6:.1f}M parameters, {len(train)} problems in {len(curriculum)} rollouts of up to "
-        f"{cfg.prompts_per_rollout} x {cfg.group_size} responses, {total_updates} updates; {len(test)} held out; "
-        f"{world} process{'es' if world > 1 else ''} on {device.type}")
-    if device.type == "cuda":
-        say(f"GPU memory, at most (estimate): {memory(model.config, cfg, world)['peak']:.0f} GB; less with shorter "
-            "--max-response-tokens, fewer --rollout-rows, fewer --micro-tokens")
-
-    if len(set(everyones([(curriculum.digest(), *(r.id for r in test))]))) > 1:
-        raise ValueError(f"{cfg.data} or {cfg.test} is not the same for all processes; give all machines one copy")
-    data = together(lambda: {"train": data_digest(train), "test": data_digest(test)})
-    if resume_from:
-        state = json.loads((resume_from / "trainer" / "state.json").read_text())
-        check_same(run, "a run", state["data"], data)
-        curriculum.load_state_dict(state["curriculum"])
-        load_optimizer(resume_from, model, optimizer)
-        say(f"resumed from {resume_from}")
-    journal = Journal(cfg, train, test, saved=curriculum.position if resume_from else -1)
-
-    def save() -> None:
-        journal.save(curriculum.position, model, sampler, processor, optimizer,
-                     {"data": data, "curriculum": curriculum.state_dict()})
-
-    def evaluate_if_due() -> None:
-        """Before the first step, at each stage's end and after the last."""
-        step, ends = curriculum.position, curriculum.position in (0, len(curriculum))
-        if test and step not in journal.evals() and (ends or curriculum.batches[step - 1].ends_stage):
-            if line := held_out(sampler, processor, test, cfg, stop, ends):
-                journal.log("metrics.jsonl", {"step": step} | line)
-                journal.prune()
-
-    stop = Stop()
-    evaluate_if_due()
-    bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout", disable=not chief)
-    for batch in curriculum:
-        step = curriculum.position
-
-        # 1. Sample G responses to each of P prompts, of which this rank takes its share.
-        t0 = time.perf_counter()
-        share = batch.records[rank::world]
-        prompts = [processor.encode(r, cfg.prompt) for r in share]
-        groups = stop.unless_asked(lambda r=share, p=prompts, n=step: sample_groups(
-            sampler, processor, r, p, samples=cfg.group_size, temperature=cfg.temperature,
-            max_tokens=cfg.max_response_tokens, seed=cfg.seed * 1_000_003 + n, max_rows=cfg.rollout_rows))
-        if groups is None:  # the policy is still what it was after the step before
-            curriculum.position -= 1
-            break
-
-        # 2. Reward and weight them.
-        t1 = time.perf_counter()
-        scores = everyones(score_groups([g.texts for g in groups], share, cfg.prompt))
-        # Of the others' groups the rank learns what was said, and not what it was computed from.
-        others = everyones([replace(g, record=None, prompt=None, logprobs=None) for g in groups])
-        groups = [groups[p // world] if p % world == rank else replace(group, record=batch.records[p])
-                  for p, group in enumerate(others)]
-        lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])  # [P, G]
-        rewards = group_rewards(scores, lengths, format_weight=cfg.format_weight, bonus_coef=cfg.bonus,
-                                bonus_min_length=cfg.bonus_floor, sigma=cfg.sigma or None,
-                                normalize_std=cfg.normalize_std, rejection_sampling=cfg.rejection_sampling)
-        metrics = {"step": step, "stage": batch.stage} | step_metrics(groups, rewards)
-        for line in log_groups(groups, rewards, step, batch.stage):
-            journal.log("responses.jsonl", line)
-        if step == 1 and chief:
-            warn_first_rollout(metrics, cfg)
-
-        # 3. Update the policy, and with it what samples.
-        t2 = time.perf_counter()
-        done = (step - 1) * cfg.updates_per_rollout
-        lrs = [learning_rate(done + i, total_updates, cfg) for i in range(cfg.updates_per_rollout)]
-        try:
-            stats = update(model, reference, processor, optimizer, groups, rewards, lrs, cfg)
-        except FloatingPointError as error:
-            raise SystemExit(f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. "
-                             f"The newest whole checkpoint is {(checkpoints(run) or ['none'])[-1]}; "
-                             "try a lower --lr or --grad-clip from there in a new run.") from error
-        refresh(sampler, model)
-
-        # 4. Log.
-        t3 = time.perf_counter()
-        metrics |= stats | {"verifier_timeouts": sum(everyones([VERIFIER.timeouts])),
-                            "tokens_per_second": lengths.sum().item() / (t3 - t0), "seconds_rollout": t1 - t0,
-                            "seconds_reward": t2 - t1, "seconds_update": t3 - t2}
-        if device.type == "cuda":
-            metrics["memory"] = max(everyones([torch.cuda.max_memory_allocated() / 1e9]))
-        journal.log("metrics.jsonl", metrics)
-        accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
-        bar.update()
-        bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
-                        length=f"{metrics['length']:.0f}")
-
-        # 5. Save; at the end of a stage, evaluate.
-        if batch.ends_stage or (cfg.save_every and step % cfg.save_every == 0):
-            save()
-        evaluate_if_due()
-        if curriculum.position == journal.saved < len(curriculum):
-            journal.draw()
-        if stop.asked_of_any():
-            break
-    bar.close()
-    save()
-    journal.prune()  # (a run that was killed between an evaluation and this)
-    journal.draw()
-    stop.close()
-    if curriculum.position < len(curriculum) or (test and len(curriculum) not in journal.evals()):
-        say(f"stopped after step {curriculum.position}, saved; the same command with --resume goes on")
-    else:
-        if test:
-            before, after = journal.evals()[0], journal.evals()[len(curriculum)]
-            say("\n" + before_after(before, after))
-            together(lambda: write_json(run / "scores.json", {"before": before, "after": after}))
-        say(f"\nthe run lies in {run}: curves.png, responses.html, metrics.jsonl, "
-            f"{together(lambda: checkpoints(run)[-1].name)} (a Hugging Face folder)")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
