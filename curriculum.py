@@ -43,22 +43,8 @@ import numpy as np
 from huggingface_hub import DatasetCardData
 
 from data import DATASETS, PROMPTS, SOURCES, Processor, Record, check_records, load_records, raise_or_skip, save_records
-from eval import (
-    FREE,
-    Result,
-    begun,
-    claim,
-    data_digest,
-    gold_of,
-    markdown,
-    model_digest,
-    read_json,
-    roll_out,
-    section_of,
-    vote,
-    write_json,
-    write_page,
-)
+from eval import (FREE, Result, begun, claim, data_digest, gold_of, markdown, model_digest, read_json, roll_out,
+                  section_of, vote, write_json, write_page)
 from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
 from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
 
@@ -113,8 +99,8 @@ def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]
     """
     def measured(name: str, model: str, **sampling) -> list[Record]:
         load = partial(load_to_sample, model, args.max_pixels)
-        results = roll_out(args.out, name, records, load, rows=args.rows, seed=args.sampling_seed, keep_texts=False,
-                           **sampling)
+        results = roll_out(args.out, name, records, load, max_rows=args.rows, seed=args.sampling_seed,
+                           keep_texts=False, **sampling)
         return [measure(result) for result in results]
 
     if not args.keep_simple:

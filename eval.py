@@ -40,7 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -51,44 +51,14 @@ import torch.distributed as dist
 from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 from tqdm import tqdm
 
-from data import (
-    BENCHMARKS,
-    DATASETS,
-    PROMPTS,
-    Dropped,
-    Picture,
-    Processor,
-    Record,
-    open_image,
-    raise_or_skip,
-    read_any,
-    verifiable,
-)
-from rewards import (
-    MAX_ANSWER,
-    SYMBOLS,
-    TAGS,
-    Response,
-    bare,
-    named_option,
-    normal_text,
-    parse_items,
-    score,
-    score_groups,
-    section,
-    split_number,
-)
-from rollout import (
-    Group,
-    load_to_sample,
-    on_rank_0,
-    rank_and_world,
-    sample_groups,
-    start_processes,
-    stop_processes,
-)
+from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
+                  read_any, verifiable)
+from rewards import (MAX_ANSWER, SYMBOLS, TAGS, Response, bare, named_option, normal_text, parse_items, score,
+                     score_groups, section, split_number)
+from rollout import Group, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes, stop_processes
 
-TOY = Path(__file__).resolve().parent / "assets/toy/test.parquet"
+ASSETS = Path(__file__).resolve().parent / "assets"
+TOY = ASSETS / "toy/test.parquet"
 
 
 @dataclass(frozen=True)
@@ -139,7 +109,8 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
     At most max_rows responses, but those to one problem, and the pictures of as many problems as these answer, are in
     memory at a time.
     """
-    for chunk in in_chunks(records, max_rows, samples):
+    size = max(1, max_rows // samples)
+    for chunk in (records[start:start + size] for start in range(0, len(records), size)):
         prompts = [processor.encode(r, style) for r in chunk]
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
                                max_tokens=max_tokens, seed=seed, max_rows=max_rows)
@@ -147,54 +118,44 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
             yield Result(record, responses)
 
 
-def in_chunks(records: list[Record], rows: int, samples: int) -> list[list[Record]]:
-    """Records that are answered together: as many as `rows` responses answer, but one at least."""
-    size = max(1, rows // samples)
-    return [records[start:start + size] for start in range(0, len(records), size)]
-
-
-def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], tuple], *, rows: int, samples: int,
-             keep_texts: bool = True, **sampling) -> list[Result]:
+def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], tuple], **sampling) -> list[Result]:
     """Answer records on all ranks -> all results, in the same order, on every rank. A collective.
 
-    What any earlier run answered, with whatever --rows and processes, is on disk and is not done again (unanswered).
-    load: gives model and processor, and is called only if there is anything to do. sampling: style, temperature,
-    max_tokens, seed. keep_texts: else only what was extracted from them. All processes must see the same folder.
+    What any earlier run answered, with whatever --rows and processes, is on disk and is not done again. load: gives
+    model and processor, and is called only if there is anything to do. sampling: see answer_to_disk and evaluate. All
+    processes must see the same folder.
     """
     rank, world = rank_and_world()
-    todo = on_rank_0(lambda: unanswered(folder, name, records, rows, samples))
+    todo = on_rank_0(lambda: unanswered(folder, name, records))
     if todo:
-        answer_to_disk(folder, name, todo[rank::world], *load(), samples=samples, max_rows=rows, keep_texts=keep_texts,
-                       **sampling)
+        answer_to_disk(folder, name, todo[rank::world], *load(), **sampling)
     if world > 1:
         dist.barrier()
     return read_answers(folder, name, records)
 
 
-def unanswered(folder: Path, name: str, records: list[Record], rows: int, samples: int) -> list[list[Record]]:
-    """What is still to do, in chunks of at most `rows` responses. The unit on disk is the record."""
+def unanswered(folder: Path, name: str, records: list[Record]) -> list[Record]:
+    """The records that are still to be answered: the unit on disk is the record."""
     done = _answers(folder, name)
-    chunks = [[r for r in chunk if r.id not in done] for chunk in in_chunks(records, rows, samples)]
-    return [chunk for chunk in chunks if chunk]
+    return [record for record in records if record.id not in done]
 
 
-def answer_to_disk(folder: Path, name: str, chunks: list[list[Record]], model, processor: Processor, *,
+def answer_to_disk(folder: Path, name: str, records: list[Record], model, processor: Processor, *,
                    keep_texts: bool = True, **sampling) -> bool:
-    """Answer this rank's chunks -> folder/name-RANK.jsonl, a line a record, forced to disk after each chunk -> True."""
+    """Answer this rank's records -> folder/name-RANK.jsonl, a line each, forced to disk as it comes -> True.
+
+    keep_texts: else only what was extracted from the responses. sampling: see evaluate.
+    """
     rank, world = rank_and_world()
     label = name if world == 1 else f"{name}, the first of {world} equal shares"
-    count = sum(len(chunk) for chunk in chunks)
-    with (tqdm(total=count, desc=label, unit="problem", disable=rank > 0) as bar,
-          open(folder / f"{name}-{rank}.jsonl", "ab", buffering=0) as file):
-        for chunk in chunks:
-            text = "\n"  # (if an earlier run was killed inside a line, it ends here)
-            for result in evaluate(model, processor, chunk, **sampling):
-                responses = result.responses if keep_texts else [
-                    replace(r, text="", answer=r.answer and r.answer[:MAX_ANSWER + 1]) for r in result.responses]
-                text += json.dumps({"id": result.record.id, "responses": [asdict(r) for r in responses]}) + "\n"
-            file.write(text.encode())
+    with open(folder / f"{name}-{rank}.jsonl", "ab", buffering=0) as file:
+        results = evaluate(model, processor, records, **sampling)
+        for result in tqdm(results, total=len(records), desc=label, unit="problem", disable=rank > 0):
+            responses = result.responses if keep_texts else [
+                replace(r, text="", answer=r.answer and r.answer[:MAX_ANSWER + 1]) for r in result.responses]
+            line = json.dumps({"id": result.record.id, "responses": [asdict(r) for r in responses]})
+            file.write(f"\n{line}\n".encode())  # (if an earlier run was killed inside a line, it ends here)
             os.fsync(file.fileno())
-            bar.update(len(chunk))
     return True
 
 
@@ -248,20 +209,19 @@ def summarize(results: list[Result]) -> dict:
                               "by_problem": {r.record.id: r.accuracy for r in own}}
 
 
-def interval(groups: list[list[Result]], get: Callable[[Result], float] = lambda r: r.accuracy, draws: int = 2000,
-             seed: int = 0) -> list[float] | None:
+def interval(groups: list[list[Result]], values: dict[str, float] | None = None) -> list[float] | None:
     """95% bootstrap interval of the mean over groups of each group's mean: problems are drawn anew, with all their
-    versions and samples. None for a single problem.
+    versions and samples. None for a single problem. values: by record id, what the mean is of (None: accuracy).
     """
     index = {problem: i for i, problem in enumerate(sorted({r.problem for group in groups for r in group}))}
     sums, counts = np.zeros((2, len(index), len(groups)))
     for column, group in enumerate(groups):
         for result in group:
-            sums[index[result.problem], column] += get(result)
+            sums[index[result.problem], column] += result.accuracy if values is None else values[result.record.id]
             counts[index[result.problem], column] += 1
     if len(index) < 2:
         return None
-    times = drawn(np.random.default_rng(seed), len(index), draws)
+    times = drawn(np.random.default_rng(0), len(index), 2000)
     with np.errstate(invalid="ignore"):  # 0 / 0: a draw without any problem of a group
         means = np.nanmean((times @ sums) / (times @ counts), axis=1)
     return np.percentile(means, [2.5, 97.5]).tolist()
@@ -314,9 +274,9 @@ def pass_at(result: Result, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k) if n else 0.0
 
 
-def score_by_id(scores: dict[str, float], result: Result) -> float:
-    return scores[result.record.id]
+# === the fold: below, tables, pages, curves, whose folder a run is, and the command line ==============================
 
+# --- the benchmarks' own sub-scores -----------------------------------------------------------------------------------
 
 def scores_of(benchmark: str, results: list[Result]) -> dict:
     """All that is told of a benchmark's results in one prompt style and sampling; shares and scores in [0, 1]."""
@@ -358,10 +318,6 @@ def section_lengths(results: list[Result]) -> dict[str, dict[str, float]]:
             found[tag] = {"length": length, "share": length / whole}
     return found
 
-
-# === the fold: below, tables, pages, curves, whose folder a run is, and the command line ==============================
-
-# --- the benchmarks' own sub-scores -----------------------------------------------------------------------------------
 
 def parts_of(benchmark: str, row: Record | Dropped) -> list[tuple[str, str]]:
     """Which parts of its benchmark a row counts in: (what kind of part, its name)."""
@@ -406,7 +362,7 @@ def four_way(results: list[Result]) -> dict:
         scores = dict(zip((rows[-1].record.id for rows in whole), (kinds["CM"] + kinds["IG"] / 2).mean(1)))
         cm, ig, ik, rm = (float(kind.mean()) for kind in kinds.values())
         found[name] = {"score": cm + ig / 2, "CM": cm, "IG": ig, "IK": ik, "RM": rm, "RM_rate": rm and rm / (rm + cm),
-                       "interval": interval([[rows[-1] for rows in whole]], partial(score_by_id, scores))}
+                       "interval": interval([[rows[-1] for rows in whole]], scores)}
     return found
 
 
@@ -497,38 +453,12 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
 
 # --- pages and curves -------------------------------------------------------------------------------------------------
 
-PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html><meta charset="utf-8">
-<title>{{ title }}</title><style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
-section { border-top: 1px solid #ccc; padding: 1rem 0; display: grid; grid-template-columns: 15rem 1fr; gap: 1.5rem }
-img { min-width: 7rem; max-width: 15rem; max-height: 15rem; border: 1px solid #ddd; image-rendering: pixelated }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; padding: .4rem .6rem; background: #f6f6f6 }
-p { white-space: pre-wrap } small { color: #666; display: block } label { margin-right: 1rem }
-.right { border-left: 4px solid #2a9d4a } .wrong { border-left: 4px solid #d04040 }
-.unreadable { border-left: 4px solid #999 } [hidden] { display: none }
-</style><script>
-function show(kind, on) {
-  document.querySelectorAll("pre." + kind).forEach(e => e.hidden = !on);
-  document.querySelectorAll("section").forEach(e => e.hidden = !e.querySelector("pre:not([hidden])"));
-}</script><h1>{{ title }}</h1><p>{{ intro }}</p>
-{% for link in links %}<a href="{{ link }}">{{ loop.index }}</a> {% endfor %}
-{% for kind, colour in [("right", "green"), ("wrong", "red"), ("unreadable", "grey")] if not links %}
-<label><input type="checkbox" checked onchange="show('{{ kind }}', this.checked)"> {{ kind }} ({{ colour }})</label>
-{% endfor %}
-{% for section in sections %}<section><div>
-{% for picture in section.pictures %}{% if picture.startswith("data:") %}<img alt="" src="{{ picture }}">{% else %}
-<small>{{ picture }}</small>{% endif %}{% endfor %}
-<small>{{ section.where }}</small></div><div><p><b>{{ section.question }}</b>
-{% if section.gold %}gold: {{ section.gold }}{% endif %}</p>
-{% for kind, text, note in section.blocks %}<pre class="{{ kind }}">{{ text }}<small>{{ note }}</small></pre>
-{% endfor %}</div></section>
-{% endfor %}""")
-
-
 def write_page(path: Path, title: str, intro: str, sections: list[dict], links: Iterable[str] = ()) -> None:
     """One HTML file without outside parts; sections: see section_of. links: to the other pages of a set; without them
     the blocks can be shown and hidden by kind. All text is escaped: what a model writes cannot become markup."""
-    path.write_text(PAGE.render(title=title, intro=intro, sections=sections, links=list(links)), encoding="utf-8")
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
+    page = pages.get_template("page.html").render(title=title, intro=intro, sections=sections, links=list(links))
+    path.write_text(page, encoding="utf-8")
 
 
 def section_of(record: Record, where: str, blocks: list[tuple[str, str, str]], gold: str = "") -> dict:
@@ -994,7 +924,7 @@ def main() -> None:
                 done.append((job, given(job, made, args.responses, processor)))
             continue
         answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[job.benchmark]], load,
-                            rows=args.rows, samples=job.samples, style=job.prompt, temperature=job.temperature,
+                            max_rows=args.rows, samples=job.samples, style=job.prompt, temperature=job.temperature,
                             max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024), seed=args.seed)
         by_place = dict(zip(order[job.benchmark], answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))

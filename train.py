@@ -66,41 +66,12 @@ from tqdm import tqdm
 
 from curriculum import Batch, Curriculum
 from data import Processor, Prompt, Record, check_records, load_records
-from eval import (
-    answer_to_disk,
-    before_after,
-    begun,
-    claim,
-    data_digest,
-    judge,
-    lock,
-    plot_curves,
-    read_answers,
-    read_json,
-    response_lines,
-    summarize,
-    unanswered,
-    write_json,
-    write_responses,
-)
+from eval import (answer_to_disk, before_after, begun, claim, data_digest, judge, lock, plot_curves, read_answers,
+                  read_json, response_lines, summarize, unanswered, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
-from rollout import (
-    Group,
-    Packed,
-    Policy,
-    copy_weights,
-    device_of,
-    full_tensor,
-    gather_shares,
-    generation_config,
-    load_trainer,
-    on_rank_0,
-    rank_and_world,
-    response_logprobs,
-    sample_groups,
-    start_processes,
-    stop_processes,
-)
+from rollout import (Group, Packed, Policy, copy_weights, device_of, full_tensor, gather_shares, generation_config,
+                     load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups, start_processes,
+                     stop_processes)
 
 HERE = Path(__file__).resolve().parent
 
@@ -387,11 +358,10 @@ class Config:
 
     preset: Literal["toy", "3b", "7b"] = setting("toy", "row of the table PRESETS; options given beside it prevail")
     model: str = setting("", "policy to start from: Hugging Face folder or hub id")
-    data: str = setting("", "training problems: ladder folder, Parquet, JSONL, ... or hub id", technical=True)
-    test: str = setting("", "held-out problems, evaluated before, at each stage's end and after; empty: none",
-                        technical=True)
-    out: str = setting("", "folder of the run (default: out/<preset>-<order>-<prompt>-seed<seed>)", technical=True)
-    resume: bool = setting(False, "go on with the run in --out from its newest checkpoint", technical=True)
+    data: str = setting("", "training problems: ladder folder, Parquet, JSONL, ... or hub id")
+    test: str = setting("", "held-out problems, evaluated before, at each stage's end and after; empty: none")
+    out: str = setting("", "folder of the run (default: out/<preset>-<order>-<prompt>-seed<seed>)")
+    resume: bool = setting(False, "go on with the run in --out from its newest checkpoint")
     skip_bad: bool = setting(False, "leave out records that cannot be used, instead of stopping")
 
     # in what order
@@ -452,8 +422,9 @@ class Config:
     seed: int = setting(0, "of sampling and of the order inside a stage", 0)
 
 
-# What may differ on --resume. (Folders may have moved; data_digest tells whether the problems are the same.)
 TECHNICAL = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["technical"])
+# What may differ on --resume. (Folders may have moved; data_digest tells whether the problems are the same.)
+FREE = ("resume", "out", "data", "test", *TECHNICAL)
 
 # What a preset changes; everything else is the paper's, as Config has it.
 PRESETS: dict[str, dict] = {
@@ -702,7 +673,7 @@ def find_run(cfg: Config) -> Path | None:
         raise ValueError(f"--resume: {folder} holds no run; check --out")
     if not cfg.resume and (folder / "settings.json").exists():
         raise ValueError(f"{folder} holds another run; add --resume to go on with it, or choose another --out")
-    if not begun(folder, as_kept(cfg), TECHNICAL):
+    if not begun(folder, as_kept(cfg), FREE):
         return None
     lock(folder)
     return newest_whole(folder)
@@ -720,7 +691,7 @@ def held_out(policy: Policy, test: list[Record], cfg: Config, folder: Path, step
     scores, shown = {}, []
     for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
         file = f"step{step:06d}-{name}"
-        todo = on_rank_0(partial(unanswered, folder, file, records, cfg.rollout_rows, k))
+        todo = on_rank_0(partial(unanswered, folder, file, records))
         work = partial(answer_to_disk, folder, file, todo[rank::world], policy.sampler, policy.processor,
                        style=cfg.prompt, temperature=temperature, samples=k, max_tokens=cfg.max_response_tokens,
                        max_rows=cfg.rollout_rows)

@@ -1,11 +1,27 @@
-"""The method piece by piece, with seeds, on the built-in world: runs what is missing, then draws the table.
+"""The method piece by piece, with seeds, on the built-in world: runs what is missing, then makes the tables.
 
-    pip install scikit-learn && python assets/ablations.py          # 2 cores: see README for the hours it takes
+    pip install scikit-learn && python assets/ablations.py      # 2 cores: hours, see ablations/README.md
+    python assets/ablations.py --tables                         # no runs: the tables of those that are kept
+    python assets/ablations.py --again "Observe-R1 think"       # makes a row's runs anew
 
 One change a row, the same 1,899 problems and 8 responses to each, the same 1,000 held-out problems of handwriting
 never seen in training (the 300 of the built-in world are too few to tell rows apart). It may be stopped and started
-again: a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations; what the tables are made
-of is kept in assets/ablations, with the tables and plots that `eval.py compare` makes of it.
+again (one at a time): a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations.
+
+What the tables are made of is kept in assets/ablations/runs.parquet, a record a run:
+
+    row, seed      which run
+    settings       its config.json
+    environment    its environment.json: commit, versions, machine
+    scores         its scores.json: before and after training, greedy and sampled, without the single problems
+    steps          a list of {step, stage, reward, accuracy, signal, ...}: its metrics.jsonl, in six digits
+    answers        a list of {step, sampling, problem, difficulty, accuracy}: the held-out problems before and after
+                   training, greedy and sampled; at each stage's end some of them, greedy
+    groups         a list of {accuracy, format, tokens}, each a list over responses: the groups that were logged, two a
+                   rollout
+
+Settings, environment and scores are JSON texts; `answers` unnested is the long table of row, seed, step, problem and
+accuracy.
 
 What the seeds can show, in four cases of five, between two rows at temperature 1. Of seeds 0 - 3 it was noted too late,
 when seven of the runs were done, and as 3.4 points, by a normal approximation. They left bonus and weight within 3.8
@@ -28,17 +44,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from compare import Run, compare_runs, over_seeds, training_run  # noqa: E402
+
 from data import load_records, save_records  # noqa: E402
-from eval import markdown, over_seeds, tables  # noqa: E402
+from eval import markdown, tables  # noqa: E402
 from rewards import Score, group_rewards  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
-TEST = OUT / "held-out/measured.parquet"
+RUNS, TEST = KEPT / "runs.parquet", OUT / "held-out/measured.parquet"
 SEEDS = 8  # of each row
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -74,8 +94,7 @@ def name_of(row: str, seed: int) -> str:
     return f"{re.sub('[^A-Za-z0-9]+', '-', row).strip('-')}-seed{seed}"
 
 
-def kept(row: str, seeds: int = SEEDS) -> list[Path]:
-    return [KEPT / name_of(row, seed) for seed in range(seeds)]
+# --- making runs ------------------------------------------------------------------------------------------------------
 
 
 def make_held_out(count: int) -> None:
@@ -105,10 +124,9 @@ def run(*command, log: Path | None = None, threads: int | None = None) -> int:
                               stderr=subprocess.STDOUT).returncode
 
 
-def train(row: str, seed: int, threads: int) -> None:
+def train(row: str, seed: int, threads: int) -> tuple[str, int]:
+    """A run to its end, in out/ablations; one that is there is taken as it is."""
     name = name_of(row, seed)
-    if (KEPT / name / "scores.json").exists():
-        return
     resume = ["--resume"] if (OUT / name / "config.json").exists() else []
     if not (OUT / name / "scores.json").exists():
         print(f"{row}, seed {seed}{', resumed' if resume else ''}", flush=True)
@@ -117,43 +135,144 @@ def train(row: str, seed: int, threads: int) -> None:
                    log=OUT / f"{name}.log", threads=threads)
         if code or not (OUT / name / "scores.json").exists():
             sys.exit(f"{row}, seed {seed}, {'failed' if code else 'was stopped'}: see {OUT / name}.log")
-    keep(OUT / name)
+    return row, seed
 
 
-def keep(folder: Path) -> None:
-    """What the tables are made of, in six digits; the scores last, for they say that all is there."""
+def make_runs(seeds: int, jobs: int) -> None:
+    """All that are not kept yet, `jobs` at a time; each is kept when it ends."""
+    done = finished()
+    missing = [(row, seed) for seed in range(seeds) for row in ROWS if (row, seed) not in done]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, row, seed, threads) for row, seed in missing]
+        try:
+            for future in as_completed(futures):
+                keep(*future.result())
+        except BaseException:  # Ctrl-C too: the runs under way save and end, others do not begin
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def make_start() -> str:
+    """Sharpening by itself: the starting model's scores, from its own temperature down to greedy."""
+    scores = []
+    for temperature in ("1", "0.6", "0.3", "0"):
+        out = OUT / f"start-T{temperature}"
+        samples = ["--samples", 4] if temperature != "0" else []
+        if run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
+               "--temperature", temperature, *samples, "--out", out, log=OUT / "start.log"):
+            sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
+        scores += json.loads((out / "scores.json").read_text())["scores"]
+    return tables(scores).split("\n\n")[0]
+
+
+# --- keeping them -----------------------------------------------------------------------------------------------------
+
+
+def finished() -> set[tuple[str, int]]:
+    """The runs that are kept."""
+    if not RUNS.exists():
+        return set()
+    table = pq.read_table(RUNS, columns=["row", "seed"])
+    return set(zip(table["row"].to_pylist(), table["seed"].to_pylist()))
+
+
+def write_kept(table: pa.Table) -> None:
+    """Aside and renamed: a kill leaves the old file or the new one."""
+    aside = RUNS.with_suffix(".part")
+    pq.write_table(table.combine_chunks(), aside, compression="zstd", compression_level=19)
+    aside.replace(RUNS)
+
+
+def keep(row: str, seed: int) -> None:
+    """A finished run's record goes to the others."""
+    table = pa.Table.from_pylist([record_of(row, seed, OUT / name_of(row, seed))])
+    if RUNS.exists():  # (permissive: where a run has no stage, or logs another metric, the column is none, or new)
+        table = pa.concat_tables([pq.read_table(RUNS), table], promote_options="permissive")
+    RUNS.parent.mkdir(parents=True, exist_ok=True)
+    write_kept(table)
+
+
+def forget(row: str) -> None:
+    """A row's runs, kept or not, so that they are made anew."""
+    if RUNS.exists():
+        table = pq.read_table(RUNS)
+        write_kept(table.filter(pa.array([name != row for name in table["row"].to_pylist()])))
+    for folder in OUT.glob(re.sub(r"\d+$", "*", name_of(row, 0))):  # (the log beside it too)
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+
+
+def record_of(row: str, seed: int, folder: Path) -> dict:
+    """What is kept of a run's folder: see the schema above."""
+    metrics, responses = (read_lines(folder / name) for name in ("metrics.jsonl", "responses.jsonl"))
+    scores = json.loads((folder / "scores.json").read_text())
+    for end in scores.values():
+        for summary in end.values():
+            del summary["by_problem"]
     difficulty = {r.id: r.difficulty for r in load_records(str(TEST))}
-    to = KEPT / folder.name
-    to.mkdir(parents=True, exist_ok=True)
-
-    def lines(file: str) -> list[dict]:
-        digits = lambda text: float(f"{float(text):.6g}")  # noqa: E731
-        return [json.loads(line, parse_float=digits) for line in (folder / file).read_text().splitlines()]
-
-    groups = [[[r[name] for r in line["responses"]] for name in ("accuracy", "format", "tokens")]
-              for line in lines("responses.jsonl")]  # two groups a step are logged
-    steps = lines("metrics.jsonl")
-    found = {line["step"]: line["eval"]["greedy"]["by_problem"] for line in steps if "eval" in line}
-    ids = min(found.values(), key=len)  # --eval-limit's; both ends of training answer more
-    for line in steps:
-        if "eval" in line:
-            del line["eval"], line["shown"]
-            line["held_out"] = [[difficulty[i], found[line["step"]][i]] for i in ids]
-    for file in ("config.json", "environment.json"):
-        shutil.copy(folder / file, to)
-    (to / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    (to / "groups.json").write_text(json.dumps(groups))
-    (to / "scores.json").write_text(json.dumps(json.loads((folder / "scores.json").read_text())))
+    answers = []
+    for line in metrics:
+        for sampling, summary in line.get("eval", {}).items():
+            answers += [{"step": line["step"], "sampling": sampling, "problem": problem,
+                         "difficulty": difficulty[problem], "accuracy": accuracy}
+                        for problem, accuracy in summary["by_problem"].items()]
+    groups = [{name: [r[name] for r in line["responses"]] for name in ("accuracy", "format", "tokens")}
+              for line in responses]
+    return {"row": row, "seed": seed, "settings": (folder / "config.json").read_text(),
+            "environment": (folder / "environment.json").read_text(), "scores": json.dumps(scores),
+            "steps": [line for line in metrics if "reward" in line], "answers": answers, "groups": groups}
 
 
-def mechanisms(seeds: int = SEEDS) -> str:
+def read_lines(file: Path) -> list[dict]:
+    """JSON lines, their numbers in six digits."""
+    def digits(text: str) -> float:
+        return float(f"{float(text):.6g}")
+
+    return [json.loads(line, parse_float=digits) for line in file.read_text().splitlines()]
+
+
+def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
+    """The kept records of each row, seed after seed. ValueError: some are not there."""
+    done = finished()
+    if missing := [f"{row}, seed {seed}" for row in ROWS for seed in range(seeds) if (row, seed) not in done]:
+        raise ValueError(f"{RUNS} lacks {len(missing)} runs, such as {missing[0]}; make them, or give fewer --seeds")
+    runs: dict[str, list[dict]] = {row: [] for row in ROWS}
+    for record in sorted(pq.read_table(RUNS).to_pylist(), key=lambda record: record["seed"]):
+        if record["row"] in ROWS and record["seed"] < seeds:
+            runs[record["row"]].append(record)
+    return runs
+
+
+def as_run(record: dict) -> Run:
+    """A kept record as what its folder was to compare.py."""
+    scores = json.loads(record["scores"])
+    steps = [answer["step"] for answer in record["answers"]]
+    for end, step in (("before", min(steps)), ("after", max(steps))):
+        for sampling, summary in scores[end].items():
+            summary["by_problem"] = {a["problem"]: a["accuracy"] for a in record["answers"]
+                                     if a["step"] == step and a["sampling"] == sampling}
+    return training_run(Path(name_of(record["row"], record["seed"])), json.loads(record["settings"]), scores,
+                        record["steps"])
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(runs: dict[str, list[dict]], name: str, picture: Path | None = None) -> str:
+    """One of TABLES."""
+    against, rows = TABLES[name]
+    return compare_runs([as_run(record) for row in rows for record in runs[row]], against, picture)
+
+
+def mechanisms(runs: dict[str, list[dict]]) -> str:
     """What weight and bonus do to the advantages of the groups that the runs logged, by right answers in a group.
 
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
     acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    files = [run / "groups.json" for row in ROWS for run in kept(row, seeds)]
-    groups = torch.tensor([group for file in files for group in json.loads(file.read_text())])  # [P, 3, G]
+    records = [record for row in ROWS for record in runs[row]]
+    groups = torch.tensor([[group["accuracy"], group["format"], group["tokens"]]
+                           for record in records for group in record["groups"]])  # [P, 3, G]
     scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
 
@@ -174,41 +293,64 @@ def mechanisms(seeds: int = SEEDS) -> str:
     table = markdown(["right", "groups, %", "mean abs A", "with weight", "share of all, %", "with weight, %",
                       "bonus changes A by", "with weight by"], rows)
     moved = [100 * (now.abs().sum() / x.abs().sum()).item() for now, x in ((acts, plain), (acts_weighted, weighted))]
-    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(files)} runs. The bonus moves {moved[0]:.0f}% "
+    return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(records)} runs. The bonus moves {moved[0]:.0f}% "
             f"of the sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
-            f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.\n")
+            f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.")
 
 
-def by_stage(row: str, seeds: int = SEEDS) -> str:
-    """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered there, easy
-    and hard ones (there are too few between), mean over seeds."""
-    found: dict[int, list] = {}  # step -> (difficulty, right)
-    for run in kept(row, seeds):
-        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-            if "held_out" in line:
-                found.setdefault(line["step"], []).extend(line["held_out"])
+def by_stage(row: str, records: list[dict]) -> str:
+    """Greedy accuracy of a row at the end of each of its stages, on the held-out problems that are answered at all of
+    them, easy and hard ones (there are too few between), mean over seeds."""
+    greedy = [answer for record in records for answer in record["answers"] if answer["sampling"] == "greedy"]
+    asked: dict[int, set[str]] = {}  # step -> problems
+    for answer in greedy:
+        asked.setdefault(answer["step"], set()).add(answer["problem"])
+    always = set.intersection(*asked.values())
     table = []
     for part in (part for part in PARTS if part != "middle"):
         low, high = PARTS[part]
-        inside = [[right for difficulty, right in at if low <= difficulty <= high] for at in found.values()]
-        table.append([f"{part}, %", str(len(inside[0]) // seeds), *(f"{100 * np.mean(at):.0f}" for at in inside)])
-    return markdown([f"{row}, after rollout", "problems", *map(str, found)], table)
+        inside = [a for a in greedy if a["problem"] in always and low <= a["difficulty"] <= high]
+        line = [f"{part}, %", str(len({a["problem"] for a in inside}))]
+        for step in asked:
+            line.append(f"{100 * np.mean([a['accuracy'] for a in inside if a['step'] == step]):.0f}")
+        table.append(line)
+    return markdown([f"{row}, after rollout", "problems", *map(str, asked)], table)
 
 
-def by_difficulty(seeds: int = SEEDS) -> str:
+def by_difficulty(runs: dict[str, list[dict]]) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
     table = []
     for row in ROWS:
-        ends = [json.loads((run / "scores.json").read_text())["after"] for run in kept(row, seeds)]
-        table.append([row])
+        ends = [json.loads(record["scores"])["after"] for record in runs[row]]
+        line = [row]
         for kind in ("sampled", "greedy"):
             for low, high in PARTS.values():
-                levels = [[at for level, at in end[kind]["levels"].items() if low <= float(level) <= high]
-                          for end in ends]
-                means = [np.average([at["accuracy"] for at in each], weights=[at["problems"] for at in each])
-                         for each in levels]
-                table[-1].append(over_seeds([100 * value for value in means]))
+                means = [mean_between(end[kind]["levels"], low, high) for end in ends]
+                line.append(over_seeds([100 * value for value in means]))
+        table.append(line)
     return markdown(["row", *(f"{part}, {kind}, %" for kind in ("T=1", "greedy") for part in PARTS)], table)
+
+
+def mean_between(levels: dict[str, dict], low: float, high: float) -> float:
+    """Accuracy over the problems of difficulty low to high, from what is known of each level."""
+    inside = [at for level, at in levels.items() if low <= float(level) <= high]
+    return np.average([at["accuracy"] for at in inside], weights=[at["problems"] for at in inside])
+
+
+def all_tables(runs: dict[str, list[dict]], picture: Path | None = None) -> str:
+    """tables.md. picture: where the plot of the build-up goes."""
+    parts = ["# The tables of the ablations", "Made by `python assets/ablations.py --tables` from runs.parquet; what "
+             "they say is told in [README.md](README.md)."]
+    for name, (against, _) in TABLES.items():
+        parts += [f"## {name}", f"Differences are from the {'row before' if against == 'previous' else 'first row'}.",
+                  side_by_side(runs, name, picture if name == "build-up" else None)]
+    parts += ["## levels", "Held-out accuracy after training, by difficulty; means over seeds, with their standard "
+              "error.", by_difficulty(runs)]
+    parts += ["## stages", "Greedy accuracy on the way, of the held-out problems that are answered at each stage's "
+              "end, mean over seeds.", *(by_stage(row, runs[row]) for row in STAGES)]
+    parts += ["## mechanisms", "What weight and bonus do to the advantages A of a group, by its right answers.",
+              mechanisms(runs)]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -216,42 +358,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tables", action="store_true", help="make no runs, only the tables of those that are kept")
+    which.add_argument("--again", choices=ROWS, metavar="ROW", help="forget the runs of a row, kept and in "
+                       "out/ablations, and make them anew (stopped, go on without it)")
     args = parser.parse_args()
     os.chdir(ROOT)
-    if not TEST.exists():
-        make_held_out(args.held_out)
-    if (found := len(load_records(str(TEST)))) != args.held_out:
-        sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs anew")
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, row, seed, threads) for seed in range(args.seeds) for row in ROWS]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:  # Ctrl-C too: the runs under way save and end, others do not begin
-            pool.shutdown(cancel_futures=True)
-            raise
-    # Sharpening by itself: the starting model, from its own temperature down to greedy.
-    starts = [OUT / f"start-T{temperature}" for temperature in (1, 0.6, 0.3, 0)]
-    for out in starts:
-        temperature = out.name.removeprefix("start-T")
-        if run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
-               "--temperature", temperature, *(["--samples", 4] if temperature != "0" else []), "--out", out,
-               log=OUT / "start.log"):
-            sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
-    for name, (against, rows) in TABLES.items():
-        folders = [run for row in rows for run in kept(row, args.seeds)]
-        if run("eval.py", "compare", *folders, "--out", KEPT / name, "--against", against, log=OUT / "compare.log"):
-            sys.exit(f"no table: see {OUT / 'compare.log'}")
-        print((KEPT / name / "compare.md").read_text())
-    scores = [score for out in starts for score in json.loads((out / "scores.json").read_text())["scores"]]
-    stages = [by_stage(row, args.seeds) for row in STAGES]
-    for file, text in (("start.md", tables(scores).split("\n\n")[0] + "\n"), ("mechanisms.md", mechanisms(args.seeds)),
-                       ("levels.md", by_difficulty(args.seeds) + "\n"),
-                       ("stages.md", "\n\n".join(stages) + "\n")):
-        (KEPT / file).write_text(text)
-        print(text)
+    if not args.tables:
+        if args.again:
+            forget(args.again)
+        if not TEST.exists():
+            make_held_out(args.held_out)
+        if (found := len(load_records(str(TEST)))) != args.held_out:
+            sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs "
+                     "anew")
+        make_runs(args.seeds, args.jobs)
+        (KEPT / "start.md").write_text(make_start() + "\n")
+    text = all_tables(load_runs(args.seeds), KEPT / "build-up.png")
+    (KEPT / "tables.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

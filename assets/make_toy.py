@@ -34,8 +34,10 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import PROMPTS, Processor, Record, save_records  # noqa: E402
+sys.path[:0] = [str(ROOT / "assets"), str(ROOT)]
+from pictures import plot_ladder  # noqa: E402
+
+from data import PROMPTS, Processor, Record, load_records, save_records  # noqa: E402
 
 COLOURS = {"red": (214, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 210), "black": (20, 20, 20)}
 TILE = 28
@@ -341,9 +343,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, records in (("train", problems), ("test", held_out)):
             save_records(f"{folder}/{name}.parquet", records)
-            subprocess.run([sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
-                            model_dir, "--out", f"{folder}/{name}", "--keep-simple", "--max-tokens", "160",
-                            "--max-pixels", str(64 * TILE * TILE)], check=True)
+            command = [sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
+                       model_dir, "--out", f"{folder}/{name}", "--keep-simple", "--max-tokens", "160",
+                       "--max-pixels", str(64 * TILE * TILE)]
+            subprocess.run(command, check=True)
+            if name == "train":  # once drawn, the same command, measuring nothing anew, shows the picture in the card
+                plot_ladder(load_records(f"{folder}/train"), Path(f"{folder}/train/ladder.png"))
+                subprocess.run(command, check=True)
         (args.out / "ladder").mkdir(exist_ok=True)
         for file in ("ladder.parquet", "ladder.png", "README.md"):
             shutil.copy(f"{folder}/train/{file}", args.out / "ladder" / file)

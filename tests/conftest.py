@@ -3,9 +3,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that tries should fail at once
+# OpenMP's threads spin while they wait: beside another busy process two of them took 10 times as long, one no longer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `datasets` keeps a copy of every file it reads; that of a test is not to be there in the next run, nor at home.
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="observe-r1-tests-"))
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -91,7 +96,6 @@ def stopped_run(small, tmp_path, monkeypatch):
 
 
 def weights(run: Path) -> dict:
-    """Weights and moments of the newest checkpoint."""
+    """Weights and moments of the newest checkpoint: "exp_avg NAME", "exp_avg_sq NAME" are those of the weight NAME."""
     newest = max(run.glob("checkpoint-0*"))
-    return {f"{file.stem} {name}": value for file in newest.rglob("*.safetensors")
-            for name, value in load_file(file).items()}
+    return {name: value for file in newest.rglob("*.safetensors") for name, value in load_file(file).items()}

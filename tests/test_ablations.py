@@ -1,17 +1,20 @@
 """The evidence in assets/ablations and in the README is what the commands make of the runs."""
+import json
 import re
+import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
+import ablations
+import compare
+import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TOY
 
-sys.path.insert(0, str(ROOT / "assets"))
-
-import ablations  # noqa: E402
-
-import eval  # noqa: E402
-from train import parse_config  # noqa: E402
+import train
+from data import load_records, save_records
+from train import parse_config
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +22,40 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.fixture(scope="module")
+def runs() -> dict[str, list[dict]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return ablations.load_runs()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A short run of train.py that is done, in a folder as ablations.py has it."""
+    folder = tmp_path_factory.mktemp("done")
+    save_records(str(folder / "held-out.parquet"), load_records(str(TOY / "test.parquet"))[:8])
+    train.main(["--model", str(TOY / "model"), "--data", str(TOY / "ladder"), "--stage", "0-1", "--test",
+                str(folder / "held-out.parquet"), "--eval-limit", "4", "--prompts-per-rollout", "40", "--group-size",
+                "2", "--seed", "3", "--out", str(folder / "Observe-R1-seed3")])
+    return folder / "Observe-R1-seed3"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Runs are made and kept in a folder of the test."""
+    monkeypatch.setattr(ablations, "OUT", tmp_path / "out")
+    monkeypatch.setattr(ablations, "RUNS", tmp_path / "kept/runs.parquet")
+    monkeypatch.setattr(ablations, "TEST", TOY / "test.parquet")
+    return tmp_path
+
+
 def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def section(name: str) -> str:
+    """A table of tables.md."""
+    return (ablations.KEPT / "tables.md").read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
 
 
 def test_rows_differ_in_what_they_say():
@@ -38,56 +73,128 @@ def test_rows_differ_in_what_they_say():
             assert len(changed(base, other)) == 1, f"{name}: {base} -> {other}"
 
 
-def test_a_stopped_run_is_not_kept(tmp_path, monkeypatch):
+def test_a_stopped_run_is_not_kept(elsewhere, monkeypatch):
     """train.py ends well when it is stopped; half a run would stand in the tables as a whole one."""
-    monkeypatch.setattr(ablations, "OUT", tmp_path / "out")
-    monkeypatch.setattr(ablations, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(ablations, "run", lambda *command, **options: 0)
-    with pytest.raises(SystemExit, match="Observe-R1, seed 0, was stopped"):
-        ablations.train("Observe-R1", 0, 1)
-    assert not (tmp_path / "kept").exists()
+    with pytest.raises(SystemExit, match="rejection sampling, seed 0, was stopped"):
+        ablations.make_runs(seeds=1, jobs=1)
+    assert not (elsewhere / "kept").exists()
 
 
-def test_weight_and_bonus_act_where_the_method_says():
+def test_a_finished_run_is_kept_as_it_is_and_not_done_again(elsewhere, finished_run, monkeypatch):
+    """What the tables take from the Parquet file must be what they would take from the folder."""
+    shutil.copytree(finished_run, elsewhere / "out/Observe-R1-seed3")
+    monkeypatch.setattr(ablations, "run", None)
+    assert ablations.train("Observe-R1", 3, 1) == ("Observe-R1", 3), "it is there: nothing is run"
+    ablations.keep("Observe-R1", 3)
+    [record] = pq.read_table(ablations.RUNS).to_pylist()
+    [direct], kept = compare.read_runs(finished_run), ablations.as_run(record)
+    assert (kept.seed, kept.settings, kept.problems, kept.before) == (
+        direct.seed, direct.settings, direct.problems, direct.before)
+    assert kept.beside == pytest.approx(direct.beside, rel=1e-5) and "minutes" in kept.beside
+    on_the_way = [a for a in record["answers"] if 0 < a["step"] < record["steps"][-1]["step"]]
+    difficulty = {r.id: r.difficulty for r in load_records(str(TOY / "test.parquet"))}
+    assert len(on_the_way) == 4 and all(a["difficulty"] == difficulty[a["problem"]] for a in on_the_way)
+    logged = [json.loads(line) for line in (finished_run / "responses.jsonl").read_text().splitlines()]
+    assert [group["tokens"] for group in record["groups"]] == [
+        [r["tokens"] for r in line["responses"]] for line in logged]
+    monkeypatch.setattr(ablations, "ROWS", {"Observe-R1": ""})
+    monkeypatch.setattr(ablations, "train", lambda row, seed, threads: pytest.fail(f"{row} {seed}") if seed == 3 else (
+        shutil.copytree(finished_run, ablations.OUT / ablations.name_of(row, seed)) and (row, seed)))
+    ablations.make_runs(seeds=4, jobs=1)
+    assert ablations.finished() == {("Observe-R1", seed) for seed in range(4)}
+    assert [len(records) for records in ablations.load_runs(4).values()] == [4]
+    with pytest.raises(ValueError, match="lacks 1 runs, such as Observe-R1, seed 4"):
+        ablations.load_runs(5)
+
+
+def test_a_row_is_made_anew_when_its_runs_are_forgotten(elsewhere, finished_run):
+    """A run of it that is still in out/ablations would be taken for a new one."""
+    for row in ("Observe-R1", "Observe-R1 random"):
+        shutil.copytree(finished_run, elsewhere / "out" / ablations.name_of(row, 3))
+        (elsewhere / "out" / f"{ablations.name_of(row, 3)}.log").write_text("")
+        ablations.keep(row, 3)
+    ablations.forget("Observe-R1")
+    assert ablations.finished() == {("Observe-R1 random", 3)}
+    assert sorted(path.name for path in (elsewhere / "out").iterdir()) == [
+        "Observe-R1-random-seed3", "Observe-R1-random-seed3.log"]
+
+
+def test_runs_of_unlike_columns_lie_in_one_file(elsewhere, finished_run):
+    """Random order has no stages, the think prompt no observation, and a later train.py may log something new."""
+    shutil.copytree(finished_run, elsewhere / "out/Observe-R1-seed3")
+    shutil.copytree(finished_run, elsewhere / "out/Observe-R1-random-seed3")
+    metrics = elsewhere / "out/Observe-R1-random-seed3/metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if "reward" in line:
+            line["stage"], line["new"] = None, .5
+            del line["observation"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for row in ("Observe-R1", "Observe-R1 random"):
+        ablations.keep(row, 3)
+    one, other = pq.read_table(ablations.RUNS).to_pylist()
+    assert one["steps"][0]["stage"] == 0 and one["steps"][0]["new"] is None and one["steps"][0]["observation"] > 0
+    assert other["steps"][0]["stage"] is None and other["steps"][0]["new"] == .5
+    assert ablations.as_run(one).problems == ablations.as_run(other).problems
+
+
+def test_weight_and_bonus_act_where_the_method_says(runs):
     """On groups that the runs sampled: (d (1 - d))^0.5 and ^1.5; weighted, no bonus where all or none are right."""
-    text = ablations.mechanisms()
-    assert text == (ablations.KEPT / "mechanisms.md").read_text()
+    text = ablations.mechanisms(runs)
+    assert text in section("mechanisms")
     powers = [float(x) for x in re.findall(r"power ([\d.]+), with the weight ([\d.]+)\.", text)[0]]
     assert powers == pytest.approx([.5, 1.5], abs=.1)
     acts = [float(row[-1]) for row in cells(text) if row[0].endswith(" of 8")]
     assert acts[0] == acts[8] == 0 < acts[1] < min(acts[2:8])
 
 
-def test_tables_follow_from_the_kept_runs(tmp_path, monkeypatch):
-    """A table is not to outlive the runs that it was made of (intervals are drawn, which numpy may do otherwise)."""
-    monkeypatch.setattr(eval, "difference", partial(eval.difference, draws=2))
-    for name, (against, rows) in ablations.TABLES.items():
-        folders = [str(run) for row in rows for run in ablations.kept(row)]
-        eval.compare([*folders, "--out", str(tmp_path / name), "--against", against])
-        now, kept = (re.sub(r" \[.*?\]|-{3,}| {2,}", "", (folder / name / "compare.md").read_text())
-                     for folder in (tmp_path, ablations.KEPT))
-        assert now == kept, name
-    assert ablations.by_difficulty() == (ablations.KEPT / "levels.md").read_text().strip()
+def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
+    """A table is not to outlive the runs that it was made of (intervals are drawn, which numpy may do otherwise).
+    One command makes them all, and runs nothing."""
+    kept = (ablations.KEPT / "tables.md").read_text()
+    assert ablations.by_difficulty(runs) in section("levels")
     for row in ablations.STAGES:
-        assert ablations.by_stage(row) in (ablations.KEPT / "stages.md").read_text()
+        assert ablations.by_stage(row, runs[row]) in section("stages")
+    monkeypatch.setattr(compare, "difference", partial(compare.difference, draws=2))
+    monkeypatch.setattr(ablations, "run", None)
+    monkeypatch.setattr(ablations, "load_runs", lambda seeds: runs)
+    monkeypatch.setattr(ablations, "KEPT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--tables"])
+    ablations.main()
+    made = (tmp_path / "tables.md").read_text()
+    drawn = re.compile(r" \[.*?\]|-{3,}| {2,}")
+    assert drawn.sub("", made) == drawn.sub("", kept) and made in capsys.readouterr().out
+    assert (tmp_path / "build-up.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_shows_what_the_runs_came_to():
+def evidence(name: str) -> dict[str, list[str]]:
+    """Of a table in tables.md, by row, what the READMEs show: accuracies with their differences, and what is beside."""
+    against, rows = ablations.TABLES[name]
+    made = cells(section(name))
+    second = next(i for i, line in enumerate(made) if i and line[0] == "setting")
+    first, then = made[0], made[second]
+    score = {kind: next(i for i, title in enumerate(first) if title.endswith(f", {kind}, %"))
+             for kind in ("T=1", "greedy")}
+    change = {kind: first.index(f"against the {against}", at) for kind, at in score.items()}
+    places = [score["T=1"], change["T=1"], score["greedy"], change["greedy"]]
+    more = [then.index(title) for title in ("observation, T=1, %", "tokens, T=1", "groups with signal, %", "minutes")]
+    found = {}
+    for row in rows:
+        folder = ablations.name_of(row, 0).removesuffix("-seed0")
+        one, two = (next(line for line in part if line[0] == folder) for part in (made[:second], made[second:]))
+        found[row] = ["" if cell == "-" else cell for cell in [*(one[i] for i in places), *(two[i] for i in more)]]
+    return found
+
+
+def test_the_readmes_show_what_the_runs_came_to():
     """Numbers in a README outlive the runs that they came from: each row must be that of the table from compare."""
-    readme = cells((ROOT / "README.md").read_text())
-    for name in ("build-up", "take-away"):
-        against, rows = ablations.TABLES[name]
-        made = cells((ablations.KEPT / name / "compare.md").read_text())
-        second = next(i for i, line in enumerate(made) if i and line[0] == "setting")
-        first, then = made[0], made[second]
-        score = {kind: next(i for i, title in enumerate(first) if title.endswith(f", {kind}, %"))
-                 for kind in ("T=1", "greedy")}
-        change = {kind: first.index(f"against the {against}", at) for kind, at in score.items()}
-        places = [score["T=1"], change["T=1"], score["greedy"], change["greedy"]]
-        more = [then.index(title) for title in ("observation, T=1, %", "tokens, T=1", "groups with signal, %",
-                                             "minutes")]
-        for row in rows:
-            folder = ablations.name_of(row, 0).removesuffix("-seed0")
-            one, two = (next(line for line in part if line[0] == folder) for part in (made[:second], made[second:]))
-            wanted = ["" if cell == "-" else cell for cell in [*(one[i] for i in places), *(two[i] for i in more)]]
-            assert wanted in [line[2:] for line in readme if line[0] == row], f"{name}: {row}: {wanted}"
+    told = cells((ablations.KEPT / "README.md").read_text())
+    tables = [evidence(name) for name in ("build-up", "take-away")]
+    for table in tables:
+        for row, wanted in table.items():
+            assert wanted in [line[2:] for line in told if line[0] == row], f"{row}: {wanted}"
+    # The main README may have some of the rows, and the first of their columns.
+    for line in cells((ROOT / "README.md").read_text()):
+        of_the_row = [table[line[0]] for table in tables if line[0] in table]
+        assert not of_the_row or line[2:] in [wanted[:len(line) - 2] for wanted in of_the_row], line

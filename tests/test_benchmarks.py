@@ -5,12 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import compare
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import TOY
-from PIL import Image
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
 import eval
@@ -20,8 +20,6 @@ from eval import (
     Job,
     Result,
     Sample,
-    compare,
-    difference,
     given,
     interval,
     judge,
@@ -30,7 +28,6 @@ from eval import (
     prepare,
     read_benchmark,
     read_responses,
-    read_runs,
     samplings,
     scores_of,
     summarize,
@@ -331,122 +328,13 @@ def test_greedy_and_sampled(command):
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 
-def test_differences_are_paired_by_problem():
-    """Unpaired, two runs that differ in one problem in a hundred would seem alike."""
-    base = {str(i): (str(i), float(i % 2)) for i in range(100)}
-    better = base | {str(i): (str(i), 1.0) for i in range(0, 20, 2)}
-    value, (low, high), count = difference([better], [base])
-    assert value == pytest.approx(.1) and .03 < low < high < .17 and count == 100
-    assert difference([better], [{"other": ("other", 1.0)}]) is None
-
-
-def test_intervals_hold_what_new_seeds_would_come_to():
-    """Seeds drawn anew from four seeds, as problems are, would give intervals that hold the truth in 78% of cases."""
-    rng, held = np.random.default_rng(0), []
-    for _ in range(150):
-        better, worse = ([{"": ("", score)} for score in rng.normal(mean, sd, 4)] for mean, sd in ((1, 1), (0, 2)))
-        for runs, base, truth in ((better, [], 1), (better, worse, 1)):
-            _, (low, high), _ = difference(runs, base, draws=500)
-            held.append(low < truth < high)
-    assert np.mean(held[::2]) == pytest.approx(.95, abs=.04) and np.mean(held[1::2]) == pytest.approx(.96, abs=.04)
-
-
-def test_the_noise_of_responses_is_counted_once():
-    """Both problems and seeds show it: counted in both spreads, intervals of many noisy problems would be as wide as
-    1.4 times what new responses change."""
-    rng, centers, widths = np.random.default_rng(0), [], []
-    for _ in range(100):
-        runs, base = ([{str(i): (str(i), float(score)) for i, score in enumerate(rng.normal(.5, .3, 200))}
-                       for _ in range(20)] for _ in range(2))
-        center, (low, high), _ = difference(runs, base, draws=500)
-        centers.append(center)
-        widths.append((high - low) / 2 / 2.02)  # t's for two sides of 20
-    assert np.mean(widths) == pytest.approx(np.std(centers), rel=.2)
-
-
-def trained(folder: Path, sigma: float, seed: int, after: list[int]) -> Path:
-    """What train.py leaves of a run."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"test": "x/held.parquet", "sigma": sigma, "seed": seed,
-                                                    "out": str(folder), "resume": False, "model": "m",
-                                                    "rollout_rows": 8 * (1 + seed)}))  # (makes no other setting)
-
-    def end(right: list[int]) -> dict:
-        return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)},
-                "observation": 0.5 + seed / 10, "length": 40, "levels": {"0.125": {"accuracy": 0.25}}}
-
-    (folder / "scores.json").write_text(json.dumps({name: {"greedy": end(right), "sampled": end(right)} for name, right
-                                                    in (("before", [0, 0, 1, 0]), ("after", after))}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"step": 0, "eval": {}}, *({"step": i, "reward": 1, "signal": i / 4, "seconds_rollout": 30,
-                                    "seconds_reward": 10, "seconds_update": 20} for i in (1, 2)))))
-    return folder
-
-
-def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
-    runs = [trained(tmp_path / "a", 0.0, 0, [1, 0, 1, 0]), trained(tmp_path / "b", 1.8, 0, [1, 1, 1, 0]),
-            trained(tmp_path / "c", 1.8, 1, [1, 1, 1, 1])]
-    compare([*map(str, runs), "--out", str(tmp_path / "out")])
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert table[0][:6] == ["setting", "seeds", "held, greedy, %", "gain by training", "against the first",
-                            "paired problems"]
-    plain, weighted = table[2], table[3]
-    assert plain[:2] == ["sigma 0.0", "1"] and plain[2].startswith("50.0 [") and plain[3].startswith("+25.0 [")
-    assert weighted[:2] == ["sigma 1.8", "2"] and weighted[2].startswith("87.5 [") and plain[4] == "-"
-    assert weighted[4].startswith("+37.5 [") and weighted[5] == "4"
-    assert ["setting", "observation, T=1, %", "tokens, T=1", "groups with signal, %", "minutes"] in table
-    assert ["sigma 1.8", "55.0 ± 5.0", "40.0 ± 0.0", "37.5 ± 0.0", "2.0 ± 0.0"] in table  # of seeds: 50 and 60
-    assert ["accuracy by difficulty", "0.125, T=1, %"] in table and ["sigma 0.0", "25.0"] in table
-    assert ["sigma", "0.0", "1.8"] in table and (tmp_path / "out/compare.md").exists()
-    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
-    compare([*map(str, [runs[1], runs[0], trained(tmp_path / "d", 1.0, 0, [1, 1, 1, 0])]), "--against", "previous",
-             "--out", str(tmp_path / "out")])
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert table[0][4] == "against the previous"
-    assert [row[4].split(" ")[0] for row in table[2:5]] == ["-", "-25.0", "+25.0"]
-    with pytest.raises(ValueError, match="b and .*b are of the same settings and seed"):
-        compare([str(runs[1]), str(runs[1])])
-    with pytest.raises(ValueError, match="no finished run"):
-        compare([str(tmp_path)])
-
-
-def evaluation(folder: Path, benchmarks: str, trained: dict | None = None) -> Path:
-    """The part that compare reads of what eval.py leaves."""
-    folder.mkdir()
-    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
-               "drawn_with": {"1": "one", "2": "one"}} for name in benchmarks]
-    (folder / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
-        "trained": trained, "model": "m", "responses": None, "seed": 0}}))
-    return folder
-
-
-def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_training(tmp_path, capsys):
-    runs = [evaluation(tmp_path / "base", "a")] + [
-        evaluation(tmp_path / f"{sigma}{seed}", "a", {"sigma": sigma, "lr": 1e-6, "seed": seed, "model": "m"})
-        for sigma in (0, 1) for seed in (0, 1)]
-    compare([*map(str, runs), "--out", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    assert "| model m, trained with sigma - " in printed and "trained with sigma 1 | 2 " in printed
-    assert "trained with lr" not in printed
-
-
-def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
-    """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
-    folder = evaluation(tmp_path / "a", "abcdefgh")
-    [run] = read_runs(folder)
-    assert run.problems["a, greedy"] == {"1": ("one", 1.0), "2": ("one", 0.0), "3": ("3", 0.0)}
-    compare([str(folder), "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out/compare.png") as image:
-        assert image.width < 2000 and image.height < 2000
-
-
 def test_evaluations_side_by_side(command, tmp_path, vista, capsys):
     for name, answers, copy in (("a", "3333", vista), ("b", "3344", f"{vista}/.")):
         path = lines(tmp_path / f"{name}.jsonl", *({"id": i, "response": f"<answer>{a}</answer>"}
                                                    for i, a in enumerate(answers, 1)))
         command("--benchmark", f"mathvista={copy}", "--responses", path, "--out", tmp_path / name)
     capsys.readouterr()
-    compare([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "| benchmark" not in printed, "where a copy lies is no setting: its data tell what was asked"
     assert "mathvista, given, %" in printed and "-50.0 [-100.0, +0.0] | 4" in printed
@@ -458,7 +346,7 @@ def test_answers_of_two_engines_are_two_settings(command, tmp_path, vista, capsy
         path = lines(tmp_path / f"{seed}.jsonl", *({"id": i, "response": a} for i, a in enumerate(answers, 1)))
         command("--benchmark", f"mathvista={vista}", "--responses", path, "--model", TOY / "model", "--seed",
                 seed, "--out", tmp_path / str(seed))
-    compare([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "out")])
+    compare.main([str(tmp_path / "0"), str(tmp_path / "1"), "--out", str(tmp_path / "out")])
     table = capsys.readouterr().out.split("| setting")[1]
     assert table.count(" | 1     | ") == 2, "a row each, of one seed"
 

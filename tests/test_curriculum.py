@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from conftest import ROOT, TOY
@@ -34,7 +35,6 @@ from curriculum import (
     majority,
     measure,
     parse_args,
-    plot_ladder,
     prepare,
     with_rollouts,
     write_review,
@@ -303,10 +303,19 @@ def test_the_folder_loads_in_datasets_and_the_card_tells_all(command, pool, tmp_
         assert part in card, part
     said = re.findall("^ladder: (.*)$", capsys.readouterr().err, re.MULTILINE)
     assert said and said == re.findall(r"^- Departs from the shares: (.*)\.$", card, re.MULTILINE)
-    command("show", out / "ladder.parquet", "--out", tmp_path / "shown.png")
+    command("show", out / "ladder.parquet")
     shown = capsys.readouterr().out
     assert "| 1.000 | " in shown and shown.split("\n\n")[0] in card
-    assert (tmp_path / "shown.png").read_bytes().startswith(b"\x89PNG") and (out / "ladder.png").exists()
+
+
+def test_the_card_shows_the_picture_where_there_is_one(command, pool, tmp_path):
+    """A card is not to point at a file that nobody drew; drawn and built again, it does."""
+    out = tmp_path / "out"
+    for drawn in (False, True):
+        command("--data", pool, "--out", out, "--size", 170)
+        assert ("](ladder.png)" in (out / "README.md").read_text()) == drawn == (out / "ladder.png").exists()
+        pictures.main(["ladder", str(out)])
+    assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
 def edit(path: Path, decisions: dict[str, tuple[str, str]], delimiter: str = ",") -> None:
@@ -467,13 +476,6 @@ def test_review_puts_likely_wrong_golds_first_and_spares_edited_tables(tmp_path,
     (tmp_path / "review.csv").unlink()
     write_review([answered(unsure, *["=HYPERLINK(1)"] * 8)], tmp_path)
     assert ",'=HYPERLINK(1)," in (tmp_path / "review.csv").read_text("utf-8-sig"), "no formula for a spreadsheet"
-
-
-def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
-    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0, stage=0),
-              Record("text", "?", "1", difficulty=.125, complexity=8.0, stage=0)]
-    plot_ladder(ladder, tmp_path / "ladder.png")
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_licences_of_the_sources_are_told():

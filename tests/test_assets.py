@@ -1,0 +1,200 @@
+"""Comparison of runs and the pictures: what the scripts in assets/ make of what the six files leave."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import compare
+import numpy as np
+import pictures
+import pytest
+from conftest import TOY
+from PIL import Image
+
+from data import Record
+from train import Config
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_problem():
+    """Unpaired, two runs that differ in one problem in a hundred would seem alike."""
+    base = {str(i): (str(i), float(i % 2)) for i in range(100)}
+    better = base | {str(i): (str(i), 1.0) for i in range(0, 20, 2)}
+    value, (low, high), count = compare.difference([better], [base])
+    assert value == pytest.approx(.1) and .03 < low < high < .17 and count == 100
+    assert compare.difference([better], [{"other": ("other", 1.0)}]) is None
+
+
+def test_intervals_hold_what_new_seeds_would_come_to():
+    """Seeds drawn anew from four seeds, as problems are, would give intervals that hold the truth in 78% of cases."""
+    rng, held = np.random.default_rng(0), []
+    for _ in range(150):
+        better, worse = ([{"": ("", score)} for score in rng.normal(mean, sd, 4)] for mean, sd in ((1, 1), (0, 2)))
+        for runs, base, truth in ((better, [], 1), (better, worse, 1)):
+            _, (low, high), _ = compare.difference(runs, base, draws=500)
+            held.append(low < truth < high)
+    assert np.mean(held[::2]) == pytest.approx(.95, abs=.04) and np.mean(held[1::2]) == pytest.approx(.96, abs=.04)
+
+
+def test_the_noise_of_responses_is_counted_once():
+    """Both problems and seeds show it: counted in both spreads, intervals of many noisy problems would be as wide as
+    1.4 times what new responses change."""
+    rng, centers, widths = np.random.default_rng(0), [], []
+    for _ in range(100):
+        runs, base = ([{str(i): (str(i), float(score)) for i, score in enumerate(rng.normal(.5, .3, 200))}
+                       for _ in range(20)] for _ in range(2))
+        center, (low, high), _ = compare.difference(runs, base, draws=500)
+        centers.append(center)
+        widths.append((high - low) / 2 / 2.02)  # t's for two sides of 20
+    assert np.mean(widths) == pytest.approx(np.std(centers), rel=.2)
+
+
+def trained(folder: Path, sigma: float, seed: int, after: list[int]) -> Path:
+    """What train.py leaves of a run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"test": "x/held.parquet", "sigma": sigma, "seed": seed,
+                                                    "out": str(folder), "resume": False, "model": "m",
+                                                    "rollout_rows": 8 * (1 + seed)}))  # (makes no other setting)
+
+    def end(right: list[int]) -> dict:
+        return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)},
+                "observation": 0.5 + seed / 10, "length": 40, "levels": {"0.125": {"accuracy": 0.25}}}
+
+    (folder / "scores.json").write_text(json.dumps({name: {"greedy": end(right), "sampled": end(right)} for name, right
+                                                    in (("before", [0, 0, 1, 0]), ("after", after))}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+        {"step": 0, "eval": {}}, *({"step": i, "reward": 1, "signal": i / 4, "seconds_rollout": 30,
+                                    "seconds_reward": 10, "seconds_update": 20} for i in (1, 2)))))
+    return folder
+
+
+def test_runs_side_by_side_by_setting_over_seeds(tmp_path, capsys):
+    runs = [trained(tmp_path / "a", 0.0, 0, [1, 0, 1, 0]), trained(tmp_path / "b", 1.8, 0, [1, 1, 1, 0]),
+            trained(tmp_path / "c", 1.8, 1, [1, 1, 1, 1])]
+    compare.main([*map(str, runs), "--out", str(tmp_path / "out")])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert table[0][:6] == ["setting", "seeds", "held, greedy, %", "gain by training", "against the first",
+                            "paired problems"]
+    plain, weighted = table[2], table[3]
+    assert plain[:2] == ["sigma 0.0", "1"] and plain[2].startswith("50.0 [") and plain[3].startswith("+25.0 [")
+    assert weighted[:2] == ["sigma 1.8", "2"] and weighted[2].startswith("87.5 [") and plain[4] == "-"
+    assert weighted[4].startswith("+37.5 [") and weighted[5] == "4"
+    assert ["setting", "observation, T=1, %", "tokens, T=1", "groups with signal, %", "minutes"] in table
+    assert ["sigma 1.8", "55.0 ± 5.0", "40.0 ± 0.0", "37.5 ± 0.0", "2.0 ± 0.0"] in table  # of seeds: 50 and 60
+    assert ["accuracy by difficulty", "0.125, T=1, %"] in table and ["sigma 0.0", "25.0"] in table
+    assert ["sigma", "0.0", "1.8"] in table and (tmp_path / "out/compare.md").exists()
+    assert (tmp_path / "out/compare.png").read_bytes().startswith(b"\x89PNG")
+    compare.main([*map(str, [runs[1], runs[0], trained(tmp_path / "d", 1.0, 0, [1, 1, 1, 0])]), "--against", "previous",
+             "--out", str(tmp_path / "out")])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert table[0][4] == "against the previous"
+    assert [row[4].split(" ")[0] for row in table[2:5]] == ["-", "-25.0", "+25.0"]
+    with pytest.raises(ValueError, match="b and .*b are of the same settings and seed"):
+        compare.main([str(runs[1]), str(runs[1])])
+    with pytest.raises(ValueError, match="no finished run"):
+        compare.main([str(tmp_path)])
+
+
+def evaluation(folder: Path, benchmarks: str, trained: dict | None = None) -> Path:
+    """The part that compare reads of what eval.py leaves."""
+    folder.mkdir()
+    scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
+               "drawn_with": {"1": "one", "2": "one"}} for name in benchmarks]
+    (folder / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
+        "trained": trained, "model": "m", "responses": None, "seed": 0}}))
+    return folder
+
+
+def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_training(tmp_path, capsys):
+    runs = [evaluation(tmp_path / "base", "a")] + [
+        evaluation(tmp_path / f"{sigma}{seed}", "a", {"sigma": sigma, "lr": 1e-6, "seed": seed, "model": "m"})
+        for sigma in (0, 1) for seed in (0, 1)]
+    compare.main([*map(str, runs), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "| model m, trained with sigma - " in printed and "trained with sigma 1 | 2 " in printed
+    assert "trained with lr" not in printed
+
+
+def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
+    """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
+    folder = evaluation(tmp_path / "a", "abcdefgh")
+    [run] = compare.read_runs(folder)
+    assert run.problems["a, greedy"] == {"1": ("one", 1.0), "2": ("one", 0.0), "3": ("3", 0.0)}
+    compare.main([str(folder), "--out", str(tmp_path / "out")])
+    with Image.open(tmp_path / "out/compare.png") as image:
+        assert image.width < 2000 and image.height < 2000
+
+
+def test_technical_settings_are_settings():
+    """One misspelt would make of every value of it another setting."""
+    assert set(compare.TECHNICAL) < asdict(Config()).keys()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def answered(folder: Path, test: str, *steps: list[bool]) -> Path:
+    """What train.py leaves of a run that answered the first two problems of the test set at some steps."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"test": test}))
+    lines = [{"step": 1, "reward": 1.0}] + [
+        {"step": i, "eval": {}, "shown": [{"id": f"test-{n:04d}", "text": f"<answer>${n} is {r}</answer>", "right": r}
+                                          for n, r in enumerate(right)]} for i, right in enumerate(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_strip_is_drawn_from_a_run_s_own_files(tmp_path, monkeypatch, capsys):
+    """From any folder, and with a lone $, which matplotlib takes for mathematics."""
+    monkeypatch.chdir(tmp_path)
+    test = "assets/toy/test.parquet"  # as config.json names what lies in the repository
+    for name, steps in (("two", ([False, False], [False, True])), ("three", ([True, False],) * 3)):
+        run = answered(tmp_path / name, test, *steps)
+        pictures.main(["strip", str(run)])
+        assert is_png(run / "strip.png") and str(run / "strip.png") in capsys.readouterr().out
+    with Image.open(tmp_path / "two/strip.png") as two, Image.open(tmp_path / "three/strip.png") as three:
+        assert two.width < three.width, "before and last; before, midway and last"
+    with pytest.raises(ValueError, match="did not answer held-out problems twice"):
+        pictures.main(["strip", str(answered(tmp_path / "once", test, [True, True]))])
+    with pytest.raises(ValueError, match="no run of train.py"):
+        pictures.main(["strip", str(tmp_path)])
+
+
+def test_the_strip_shows_a_problem_that_was_learned(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(pictures, "open_image", lambda image, name: chosen.append(name) or Image.new("RGB", (4, 4)))
+    for name, steps, wanted in (("a", ([True, False], [True, True]), "test-0001"),
+                                ("b", ([True, False], [True, False]), "test-0000")):
+        pictures.main(["strip", str(answered(tmp_path / name, str(TOY / "test.parquet"), *steps))])
+        assert chosen.pop() == wanted
+
+
+def test_a_ladder_is_drawn_beside_it(tmp_path, monkeypatch):
+    """Not over a ladder.png of the current folder."""
+    shutil.copytree(TOY / "ladder", tmp_path / "a", ignore=shutil.ignore_patterns("*.png"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pictures.main(["ladder", str(tmp_path / "a")])
+    assert is_png(tmp_path / "a/ladder.png")
+    (tmp_path / "a/ladder.png").unlink()
+    pictures.main(["ladder", str(tmp_path / "a/ladder.parquet")])
+    assert is_png(tmp_path / "a/ladder.png") and not any((tmp_path / "here").iterdir())
+    for out, path in (("made", "made/ladder.png"), ("x.png", "x.png")):
+        pictures.main(["ladder", str(tmp_path / "a"), "--out", out])
+        assert is_png(tmp_path / "here" / path)
+    with pytest.raises(ValueError, match="give --out"):
+        pictures.main(["ladder", "some/hub-id@train"])
+
+
+def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_set):
+    ladder = [replace(test_set[0], question="Is it $5 or $x_?", difficulty=0.0, complexity=9.0, stage=0),
+              Record("text", "?", "1", difficulty=.125, complexity=8.0, stage=0)]
+    pictures.plot_ladder(ladder, tmp_path / "ladder.png")
+    assert is_png(tmp_path / "ladder.png")
