@@ -43,7 +43,7 @@ import numpy as np
 from huggingface_hub import DatasetCardData
 
 from data import DATASETS, PROMPTS, SOURCES, Processor, Record, check_records, load_records, raise_or_skip, save_records
-from eval import (FREE, Result, begun, claim, data_digest, gold_of, markdown, model_digest, read_json, roll_out,
+from eval import (FREE, Result, begun, claim, data_digest, gold_of, markdown, model_digest, read_json, render, roll_out,
                   section_of, vote, write_json, write_page)
 from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
 from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
@@ -243,6 +243,26 @@ class Batch:
     ends_stage: bool
 
 
+def blocks_of(records: list[Record], order: str, stages: range | None) -> list[tuple[int | None, list[Record]]]:
+    """The problems of each stage, in the order in which the stages are trained on. Raises ValueError, with the remedy,
+    where the records or the order have no such stages."""
+    if order == "random":
+        if stages is not None:
+            raise ValueError("--order random knows no stages; leave --stage at all")
+        return [(None, records)]
+    blocks: dict[int, list[Record]] = {}
+    for record in records:
+        stage = level_of(record) if order == "sorted" else record.stage
+        if stage is None:
+            raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, or train on "
+                             "the data as it is with --order random")
+        blocks.setdefault(stage, []).append(record)
+    if stages is not None and (missing := [stage for stage in stages if stage not in blocks]):
+        raise ValueError(f"the data has no stage {missing[0]}; its stages are {sorted(blocks)}")
+    kept = [stage for stage in blocks if stages is None or stage in stages]
+    return [(stage, blocks[stage]) for stage in sorted(kept, reverse=order == "reverse")]
+
+
 class Curriculum:
     """The batches of one run, in order, never across two stages; iterating goes on from where it stands.
 
@@ -253,24 +273,8 @@ class Curriculum:
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
                  seed: int = 0):
-        blocks: dict[int | None, list[Record]] = {}
-        if order == "random":
-            if stages is not None:
-                raise ValueError("--order random knows no stages; leave --stage at all")
-            blocks = {None: list(records)}
-        else:
-            for record in records:
-                stage = level_of(record) if order == "sorted" else record.stage
-                if stage is None:
-                    raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, "
-                                     "or train on the data as it is with --order random")
-                blocks.setdefault(stage, []).append(record)
-            if stages is not None and (missing := [s for s in stages if s not in blocks]):
-                raise ValueError(f"the data has no stage {missing[0]}; its stages are {sorted(blocks)}")
-            kept = [s for s in sorted(blocks, reverse=order == "reverse") if stages is None or s in stages]
-            blocks = {stage: blocks[stage] for stage in kept}
         self.batches: list[Batch] = []
-        for stage, block in blocks.items():
+        for stage, block in blocks_of(records, order, stages):
             if order == "sorted":
                 block = sorted(block, key=lambda r: (r.difficulty, r.complexity, r.id))
             else:  # (a stage's shuffle does not depend on which other stages are taken)
@@ -467,36 +471,10 @@ def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, no
         task_categories=["image-text-to-text"], tags=["curriculum", "reasoning", "reinforcement-learning"],
         size_categories=[next(size for limit, size in bounds.items() if len(ladder) < limit)],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "ladder.parquet"}]}])
-    picture = "![shares and complexity by level, mixing by stage, examples](ladder.png)\n\n"
     measured = markdown(["setting", "value"], [[key.replace("_", " "), str(value)] for key, value in settings.items()])
-    path.write_text(f"""---
-{front.to_yaml()}
----
-# A ladder of {len(ladder)} problems
-
-Visual problems with answers that a rule can check, on nine stages from easy to hard, built as Observe-R1 (arXiv
-2505.12432) describes NeuraLadder. `difficulty` is 1 - pass rate over {settings.get("samples", "the")}
-responses of the model below, `complexity` their mean length in tokens; each stage is mixed from a window of five
-difficulty levels.
-
-{picture if path.with_name("ladder.png").exists() else ""}\
-    datasets.load_dataset("FOLDER", split="train")       # stage after stage; column stage: 0 .. 8
-    torchrun train.py --data FOLDER
-
-The same columns serve TRL (`prompt`, `images`, `solution`) and EasyR1 (`problem`, `images`, `answer`).
-
-## What is on it
-
-{counts}
-
-## How it was built
-
-{chr(10).join(f"- {note}" for note in notes)}
-
-## How it was measured
-
-{measured}
-""", encoding="utf-8")
+    path.write_text(render("card.md", front=front.to_yaml(), count=len(ladder), samples=settings.get("samples", "the"),
+                           picture=path.with_name("ladder.png").exists(), counts=counts, notes=notes,
+                           measured=measured), encoding="utf-8")
 
 
 def report(ladder: list[Record]) -> str:
@@ -536,24 +514,26 @@ def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record
     return raise_or_skip("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
 
 
-def measured_by(args: argparse.Namespace, records: list[Record]) -> dict:
-    """What the records are to be measured by; where they are measured, what a settings.json beside their file tells."""
-    if is_raw(records[0]):
-        asker = args.filter_model or args.model
-        return {"data": data_digest(records), "model": model_digest(args.model),
-                "simple-question filter": "off" if args.keep_simple else model_digest(asker), "samples": SAMPLES,
-                **{key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
-                                                       "sampling_seed")}}
+def to_measure(args: argparse.Namespace, records: list[Record]) -> dict:
+    """The settings that raw records are to be measured with."""
+    asker = args.filter_model or args.model
+    settings = {"data": data_digest(records), "model": model_digest(args.model),
+                "simple-question filter": "off" if args.keep_simple else model_digest(asker), "samples": SAMPLES}
+    return settings | {key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
+                                                           "sampling_seed")}
+
+
+def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
+    """The settings that measured records were measured with, as a settings.json beside their file tells."""
     folders = dict.fromkeys(Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data)
     files = [folder / "settings.json" for folder in folders]
     builds = [read_json(file) for file in files if file.exists()]
     for other in builds[1:]:
-        if unlike := [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]:
+        unlike = [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]
+        if unlike:
             raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
                              f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
-    known = builds[0] if builds else {}
-    if len(builds) < len(files):
-        known = {"model": "unknown" + " in part" * bool(builds)}
+    known = builds[0] if len(builds) == len(files) else {"model": "unknown in part" if builds else "unknown"}
     if len(builds) != 1 or len(args.data) > 1 or args.limit is not None:
         known = known | {"data": data_digest(records)}
     return {key: value for key, value in known.items() if key != "program"}
@@ -586,8 +566,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
                          "build from the measured ones alone, or take difficulty and complexity out of all")
     if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
-    settings, dropped_ids = measured_by(args, records), args.out / "dropped.json"
-    goes_on = begun(args.out, {"program": "curriculum.py"} | settings, FREE)
+    settings = to_measure(args, records) if raw else measured_with(args, records)
+    goes_on, dropped_ids = begun(args.out, {"program": "curriculum.py"} | settings, FREE), args.out / "dropped.json"
     dropped = set(read_json(dropped_ids)) if goes_on and dropped_ids.exists() else set()
     if raw and not goes_on:  # (checked once: it takes a while)
         usable = records
@@ -603,35 +583,47 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
 
 
 def build(args: argparse.Namespace, records: list[Record], settings: dict) -> None:
-    """Measured records -> the pages of review, ladder.parquet, its picture and its card."""
+    """Measured records -> the pages of review, ladder.parquet and its card."""
     unsolved = [r for r in records if r.difficulty == 1]
     if reviewable := [r for r in unsolved if "rollouts" in r.meta]:
         write_review(reviewable, args.out)
     decisions = read_corrections(args.corrections, records) if args.corrections else {}
-    decided = Counter(decision for decision, _ in decisions.values())
     reviewed = apply_review(records, decisions)
     pool = low_complexity_cut(reviewed, args.low_complexity)
-    supply = np.bincount([level_of(r) for r in pool], minlength=LEVELS)
-    size, scarce = largest_size(supply)
     ladder = build_ladder(pool, args.size, args.seed)
-    unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
     notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
-             f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and "
-             f"the rollouts judged anew, {decided['drop']} dropped). " + (
-                 f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some may be "
-                 "wrong.**" if unreviewed else "No unreviewed gold of difficulty 1 is on the ladder."),
+             *review_notes(ladder, decisions),
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
              f"(quantile {args.low_complexity}).",
-             f"Level {scarce} is the scarcest: a ladder that over-draws no level has {size} problems; this one has "
-             f"{len(ladder)}{f' of {args.size} asked for' if args.size else ''}, shuffled with seed {args.seed}."]
-    notes += [f"There is no problem of level {level}." for level in np.flatnonzero(supply == 0)]
-    off = off_shares(stage_table(ladder), stage_sizes(args.size or size), MIXING)
-    notes += [f"Departs from the shares: {line}." for line in off] or ["No share departs by more than rounding."]
+             *share_notes(ladder, pool, args)]
     counts = report(ladder)
     bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
     save_records(str(args.out / "ladder.parquet"), bare)
     write_card(args.out / "README.md", ladder, counts, settings, notes)
     print(counts, "", *notes, f"-> {args.out}", sep="\n")
+
+
+def review_notes(ladder: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[str]:
+    decided = Counter(decision for decision, _ in decisions.values())
+    unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
+    warning = "No unreviewed gold of difficulty 1 is on the ladder."
+    if unreviewed:
+        warning = (f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some may be "
+                   "wrong.**")
+    return [f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and the "
+            f"rollouts judged anew, {decided['drop']} dropped). {warning}"]
+
+
+def share_notes(ladder: list[Record], pool: list[Record], args: argparse.Namespace) -> list[str]:
+    supply = np.bincount([level_of(r) for r in pool], minlength=LEVELS)
+    size, scarce = largest_size(supply)
+    asked = f" of {args.size} asked for" if args.size else ""
+    notes = [f"Level {scarce} is the scarcest: a ladder that over-draws no level has {size} problems; this one has "
+             f"{len(ladder)}{asked}, shuffled with seed {args.seed}."]
+    notes += [f"There is no problem of level {level}." for level in np.flatnonzero(supply == 0)]
+    off = off_shares(stage_table(ladder), stage_sizes(args.size or size), MIXING)
+    return notes + ([f"Departs from the shares: {line}." for line in off] or
+                    ["No share departs by more than rounding."])
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,9 +20,11 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import glob
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -32,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -40,6 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
 from rewards import gold_fault, infer_answer_type, last_boxed, normal_text, parse_number, read_gold, split_number
@@ -83,9 +86,7 @@ class Record:
                 raise ValueError(f"its difficulty is {self.difficulty}; it is 1 - pass rate, from 0 to 1")
         except ValueError as error:
             raise ValueError(f"record {self.id}: {error}") from None
-        for name, value in (("answer", answer), ("choices", choices), ("answer_type", kind),
-                            ("images", tuple(self.images))):
-            object.__setattr__(self, name, value)  # the record is frozen
+        vars(self).update(answer=answer, choices=choices, answer_type=kind, images=tuple(self.images))  # (it is frozen)
 
     @property
     def text(self) -> str:
@@ -115,7 +116,6 @@ class Record:
 
 # --- what the model is fed --------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Prompt:
     """One encoded problem, ready for the model."""
@@ -126,11 +126,11 @@ class Prompt:
 
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has more, and runs Ghostscript for EPS
+MAX_MEGAPIXELS = 100
 
 
-def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Image:
-    """A picture, given as PIL image, Picture, path or bytes -> RGB PIL image, as a camera was held (EXIF), of 8 bits;
-    transparency becomes white.
+def open_image(image, record_id: str) -> Image.Image:
+    """A PIL image, Picture, path or bytes -> RGB PIL image of 8 bits, as a camera was held; transparency becomes white.
 
     Raises ValueError naming the record when the picture is missing, truncated, absurdly large or thin, in none of
     PICTURE_FORMATS, or of numbers whose range nobody knows.
@@ -140,12 +140,12 @@ def open_image(image, record_id: str, max_megapixels: float = 100.0) -> Image.Im
         if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=PICTURE_FORMATS)
         width, height = image.size  # known from the header: nothing is decompressed before the checks
-        if width * height > max_megapixels * 1e6:
-            raise ValueError(f"{width} x {height} is over {max_megapixels:.0f} megapixels; shrink the picture")
+        if width * height > MAX_MEGAPIXELS * 1e6:
+            raise ValueError(f"{width} x {height} is over {MAX_MEGAPIXELS} megapixels; shrink the picture")
         if max(width, height) > 200 * min(width, height):  # the limit of Qwen's image processors
             raise ValueError(f"{width} x {height} is thinner than 1:200; crop or pad the picture")
         image.load()  # a truncated one fails here, and not below
-        with contextlib.suppress(Exception):  # Pillow raises all there is for broken EXIF: no reason to lose the picture
+        with contextlib.suppress(Exception):  # of broken EXIF, for which Pillow raises all there is
             image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
             raise ValueError(f"its pixels are of mode {image.mode}, whose range nobody knows; save it as 8 bits")
@@ -171,9 +171,7 @@ class Processor:
     def __init__(self, path: str, max_pixels: int | None = None):
         """path: a Hugging Face folder or hub id; max_pixels: area above which pictures are shrunk (None: its own)."""
         from transformers import AutoTokenizer
-
-        # (from its own module: transformers 5.17 puts a stand-in for it at the top where torchvision is missing)
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor  # (the top has a stand-in)
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -224,36 +222,25 @@ class Processor:
         """Response ids -> text without the chat's own tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def collate(self, prompts: list[Prompt], responses: list[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        """Prompts, each followed by its response if given -> the model's inputs.
-
-        Prompts end, and responses begin, in one column: prompts are padded on the left, responses on the right.
-        input_ids, attention_mask, mm_token_type_ids [B, T]; pixel_values [N, D] and image_grid_thw [I, 3] when any
-        row has pictures, in row order.
-        """
+    def collate(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+        """Prompts, padded on the left -> the model's inputs: input_ids, attention_mask, mm_token_type_ids [B, T];
+        pixel_values [N, D] and image_grid_thw [I, 3] when any row has pictures, in row order."""
         width = max(len(p.ids) for p in prompts)
-        tail = max(len(r) for r in responses) if responses else 0
-        ids = torch.full((len(prompts), width + tail), self.pad_id)
+        ids = torch.full((len(prompts), width), self.pad_id)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             start = width - len(prompt.ids)
-            ids[row, start:width] = prompt.ids
-            end = width
-            if responses:
-                end = width + len(responses[row])
-                ids[row, width:end] = torch.tensor(responses[row], dtype=torch.long)
-            mask[row, start:end] = 1
+            ids[row, start:] = prompt.ids
+            mask[row, start:] = 1
         # Left out, mm_token_type_ids fails silently: image tokens would get the positions of text.
         batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == self.image_id).int()}
-        pictured = [p for p in prompts if p.pixels is not None]
-        if pictured:
-            batch["pixel_values"] = torch.cat([p.pixels for p in pictured])
-            batch["image_grid_thw"] = torch.cat([p.grid for p in pictured])
+        if pixels := [p.pixels for p in prompts if p.pixels is not None]:
+            batch["pixel_values"] = torch.cat(pixels)
+            batch["image_grid_thw"] = torch.cat([p.grid for p in prompts if p.grid is not None])
         return batch
 
 
 # --- problems of a run ------------------------------------------------------------------------------------------------
-
 
 class Dropped(NamedTuple):
     """A record that cannot be used."""
@@ -268,17 +255,21 @@ class Dropped(NamedTuple):
 def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
     """The problems of a file, of a folder, or of a hub id with its split (`org/name@train`), at most `limit` of them.
 
+    Files: .jsonl, .json (a list of rows), .parquet, .tsv (VLMEvalKit's); a folder: its ladder.parquet, else all its
+    .parquet, .jsonl and .json. Pictures lie in the file or beside it: paths start at its folder and may not leave it.
     Raises ValueError: for a file that cannot be read; or one for all records that cannot be used, naming file, record
-    and remedy. skip_bad drops such records instead, and prints them. Pictures are not opened here: check_prompts does.
+    and remedy. skip_bad drops such records instead, and prints them. No picture is opened: check_records does that.
     """
-    good, bad = [], []
-    for made in read_any(path_or_id):
-        if isinstance(made, Dropped):
-            bad.append(made.detail)
-        else:
-            good.append(made)
-        if limit is not None and len(good) >= limit:
-            break
+    good: list[Record] = []
+    bad: list[str] = []
+    with tqdm(read_any(path_or_id), f"reading {Path(path_or_id).name}", unit=" records", disable=QUIET) as bar:
+        for made in bar:
+            if isinstance(made, Dropped):
+                bad.append(made.detail)
+            else:
+                good.append(made)
+            if limit is not None and len(good) >= limit:
+                break
     if not good and not bad:
         raise ValueError(f"{path_or_id}: holds no records")
     return raise_or_skip(path_or_id, good, bad, skip_bad)
@@ -289,19 +280,23 @@ def raise_or_skip(name: str, good: list[Record], bad: list[str], skip_bad: bool)
     count = f"{name}: {len(bad)} of {len(good) + len(bad)} records cannot be used"
     if bad and not (skip_bad and good):
         more = [f"and {len(bad) - 10} more"] if len(bad) > 10 else []
-        raise ValueError("\n  ".join([f"{count}:", *bad[:10], *more]) + "\nmend or remove them"
-                         + ", or pass --skip-bad" * (not skip_bad))
+        remedy = "mend or remove them" if skip_bad else "mend or remove them, or pass --skip-bad"
+        raise ValueError("\n  ".join([f"{count}:", *bad[:10], *more]) + f"\n{remedy}")
     if bad:
         print(*(f"dropped: {line}" for line in bad), f"{count} and were dropped", sep="\n", file=sys.stderr)
     return good
 
 
+def verifiable(item: Record | Dropped) -> Record | Dropped:
+    """The record, or why no rule can read its gold. Asks math-verify: several threads may do so at once."""
+    fault = gold_fault(item) if isinstance(item, Record) else None
+    return Dropped(item.id, "unverifiable", fault, item.images, item.meta) if fault else item
+
+
 def check_records(processor: Processor, records: list[Record], style: str, max_tokens: int | None = None,
                   skip_bad: bool = False) -> list[Record]:
-    """Judge every gold by itself and encode every prompt, as training will (nothing less finds a truncated picture), to
-    lose no hours later -> the records that can be used.
-
-    Raises one ValueError for all the others; skip_bad drops and prints them instead.
+    """The records whose golds can be judged and whose prompts can be encoded, as training will (nothing less finds a
+    truncated picture). Raises one ValueError for all the others; skip_bad drops and prints them instead.
     """
     def fault(record: Record) -> str | None:
         try:
@@ -310,16 +305,10 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
             return str(error)
         return gold_fault(record)
 
-    good: list[Record] = []
-    bad: list[str] = []
-    bar = tqdm(total=len(records), desc="checking", unit="problem", disable=QUIET)
-    with bar, ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        for batch in batches(records):
-            for record, found in zip(batch, pool.map(fault, batch)):
-                good += [] if found else [record]
-                bad += [found] if found else []
-            bar.update(len(batch))
-    return raise_or_skip("problems", good, bad, skip_bad)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+        faults = list(tqdm(pool.map(fault, records), "checking", len(records), unit="problem", disable=QUIET))
+    good = [record for record, found in zip(records, faults) if not found]
+    return raise_or_skip("problems", good, [found for found in faults if found], skip_bad)
 
 
 # === the fold: below, every way a record comes in and goes out: files, others' formats, published sets, leaks =========
@@ -329,11 +318,12 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
 # Format of a row: the key that tells it, looked for in this order -> who writes such rows.
 FORMATS = {"message": "lmm-r1", "conversations": "LLaVA, VLM-R1", "reward_model": "verl", "prompt": "TRL",
            "problem": "EasyR1, multimodal-open-r1", "question": "ours, the fields of Record"}
-FIELDS = {"id", "question", "answer", "answers", "images", "image", "choices", "answer_type", "source", "precision",
-          "difficulty", "complexity", "stage", "meta"}  # of our own rows; save_records adds OTHERS' columns to them
-OTHERS_COLUMNS = ("problem", "prompt", "solution")
+FIELDS = [each.name for each in dataclasses.fields(Record)]
+OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to our own, for EasyR1 and TRL
 REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
-BATCH = 64  # rows in memory at once
+BATCH = 64  # rows in memory at once, and in a row group when written: with pictures far below Arrow's limit of 2 GiB
+Table = tuple[str, tuple[Path, ...], Iterator]  # name of a file or hub id, where its pictures may lie, numbered rows
+Convert = Callable[[dict], dict | Dropped]  # of a row -> fields of Record, with pictures as they stand in the row
 
 
 def read_any(path_or_id: str) -> Iterator[Record | Dropped]:
@@ -341,8 +331,8 @@ def read_any(path_or_id: str) -> Iterator[Record | Dropped]:
     return read_tables(find_tables(path_or_id), any_fields)
 
 
-def read_tables(tables: Iterable[tuple], convert: Callable[[dict], dict], source: str = "") -> Iterator[Record | Dropped]:
-    """Rows -> records, one at a time; `convert` makes fields of Record of a row, with pictures as they stand in it."""
+def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> Iterator[Record | Dropped]:
+    """Rows -> records, one at a time. ValueError naming the file for one that cannot be read."""
     seen: set[str] = set()
     for name, folders, rows in tables:
         unit = "line" if name.endswith(".jsonl") else "record"
@@ -350,28 +340,31 @@ def read_tables(tables: Iterable[tuple], convert: Callable[[dict], dict], source
             for number, row in rows:
                 made = make_record(row, convert, folders, f"{source or Path(name).stem}-{number}", source)
                 if isinstance(made, Record) and made.id in seen:
-                    made = Dropped(made.id, "repeated id", f"the id {made.id!r} is taken; give every record its own",
-                                   made.images)
+                    told = f"the id {made.id!r} is taken; give every record an id of its own"
+                    made = Dropped(made.id, "repeated id", told, made.images)
                 if isinstance(made, Dropped):
                     made = made._replace(detail=f"{name}, {unit} {number}: {made.detail}")
-                seen.add(made.id)
+                else:
+                    seen.add(made.id)
                 yield made
         except Exception as error:  # of the whole file; `datasets` and Arrow have a dozen classes
-            raise ValueError(f"{name}: cannot be read: {error}; was it copied whole? is its suffix right?") from error
+            cause = error.__cause__ or error  # (`datasets` wraps what Arrow and the system say)
+            remedy = "was it copied whole? is its suffix right?"
+            if name.endswith(".parquet") and getattr(cause, "errno", None):
+                remedy = f"it is copied to HF_DATASETS_CACHE, now {datasets.config.HF_DATASETS_CACHE}: is there room?"
+            raise ValueError(f"{name}: cannot be read: {cause}; {remedy}") from error
 
 
-def make_record(row, convert: Callable, folders: tuple[Path, ...], made_id: str, source: str) -> Record | Dropped:
+def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Record | Dropped:
     """One row -> its record, or why it cannot be used; the caller adds where it stands."""
     record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
     try:
-        row = json.loads(row) if isinstance(row, bytes) else row
-        if not isinstance(row, dict):
-            raise ValueError(f"a row must be an object with keys, not a {type(row).__name__}")
-        fields = convert({key: value for key, value in row.items() if value is not None})  # a null is a key left out
+        fields = convert(parsed(row))
         if isinstance(fields, Dropped):
             return fields._replace(id=made_id)
         own_id, meta = str(fields.pop("id", "")), fields.get("meta", {})
-        record_id = (f"{source}-{own_id}" if source else own_id) if own_id else made_id
+        if own_id:
+            record_id = f"{source}-{own_id}" if source else own_id
         reason = "picture unreadable"
         images = _pictures(fields.pop("images", None), folders)
         reason = "no question"
@@ -393,59 +386,98 @@ def make_record(row, convert: Callable, folders: tuple[Path, ...], made_id: str,
         return Dropped(record_id, reason, f"it is not as {source or 'its format'} writes it: {error!r}", images, meta)
 
 
-def find_tables(path_or_id: str, split: str = "") -> Iterator[tuple[str, tuple[Path, ...], Iterator]]:
-    """-> name, folders that pictures may lie in, and (number, row) from 1 on, of each file or hub data set.
+def parsed(row) -> dict:
+    """A row, or a line of JSON -> its keys and values; a null is a key left out."""
+    row = json.loads(row) if isinstance(row, bytes) else row
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object with keys, not a {type(row).__name__}")
+    return {key: value for key, value in row.items() if value is not None}
 
-    split: of a published data set, which a hub id may then leave out; of a folder's files only its own are taken.
-    """
-    path, (name, _, asked) = Path(path_or_id), path_or_id.partition("@")
+
+def find_tables(path_or_id: str, split: str = "") -> Iterator[Table]:
+    """The files, or the hub data set. split: of a published one, whose rows are numbered through all its files."""
+    path, numbers = Path(path_or_id), itertools.count(1)
     if not path.exists():
-        if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) or not (asked or split):
-            raise ValueError(f"{path}: no such file or folder (a hub id needs its split: org/name@train)")
-        try:  # MathVerse has a config of its split's name, MMMU one for each subject, of which all are read
-            configs = datasets.get_dataset_config_names(name) if split else []
-            named = [config for config in configs if config == (asked or split)] or configs
-            tables = [datasets.load_dataset(name, *config, split=asked or split)
-                      for config in ([(c,) for c in named] or [()])]
-        except Exception as error:  # no network, no such id or split, a gated one, a script
-            raise ValueError(f"{path_or_id}: neither a file, nor could it be loaded from the hub: {error}") from error
-        rows = itertools.chain.from_iterable(table_rows(table, path_or_id) for table in tables)
-        yield path_or_id, (Path(datasets.config.HF_CACHE_HOME),), enumerate(rows, 1)
+        yield hub_table(path_or_id, split)
         return
-    files = sorted(file for file in (path.rglob("*") if split else path.iterdir())
-                   if file.suffix in (".parquet", ".jsonl", ".json") and not file.name.endswith(REPORTS)
-                   ) if path.is_dir() else [path]
-    of_split = [file for file in files if re.fullmatch(rf"{split}(-\d+-of-.*)?", file.stem)]  # testmini is not test
-    if split and len(files) > 1 and not of_split:
-        raise ValueError(f"{path}: none of its files is of the split {split}: {', '.join(f.name for f in files[:10])}")
-    files = [file for file in files if file.name == "ladder.parquet"] or of_split or files
-    if not files:
-        raise ValueError(f"{path}: no .parquet, .jsonl or .json in this folder; give the one that holds them")
-    numbers = itertools.count(1)  # through all files of a split
-    for file in files:
-        folders = [file.parent, file.parent / "images", file.parent / "data_images", path][:4 if split else 1]
-        rows = ((next(numbers), row) for _, row in file_rows(file)) if split else file_rows(file)
+    for file in find_files(path, split) if path.is_dir() else [path]:
+        rows = file_rows(file)
+        if split:
+            rows = ((number, row) for (_, row), number in zip(rows, numbers))
+        folders = (file.parent, file.parent / "images", file.parent / "data_images", path)
         yield str(file), tuple(filter(Path.is_dir, folders)), rows
 
 
-def file_rows(file: Path) -> Iterator[tuple[int, dict | bytes]]:
+def find_files(folder: Path, split: str) -> list[Path]:
+    """The data in a folder: its ladder, else all its files; of a published set those of its split, however deep."""
+    files = [file for file in sorted(folder.rglob("*") if split else folder.iterdir())
+             if file.suffix in (".parquet", ".jsonl", ".json") and not file.name.endswith(REPORTS)]
+    if not files:
+        raise ValueError(f"{folder}: no .parquet, .jsonl or .json in this folder; give the one that holds them")
+    if not split:
+        return [file for file in files if file.name == "ladder.parquet"] or files
+    of_split = [file for file in files if re.fullmatch(rf"({split})(-\d+-of-.*)?", file.stem)]  # testmini is not test
+    chosen = [file for file in of_split or files if file.suffix == ".parquet"] or of_split or files
+    if not of_split and len(chosen) > 1:  # a lone file has any name
+        names = ", ".join(file.name for file in files[:10])
+        raise ValueError(f"{folder}: none of its files is of the split {split}: {names}; give the one that is")
+    return chosen
+
+
+def hub_table(hub_id: str, split: str) -> Table:
+    """A hub data set. split: the one to take where hub_id names none."""
+    name, _, asked = hub_id.partition("@")
+    asked = asked or split
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*@\w+", f"{name}@{asked}"):
+        raise ValueError(f"{hub_id}: no such file or folder (a hub id needs its split: org/name@train)")
+    try:
+        configs = datasets.get_dataset_config_names(name) if split else []
+        if asked in configs:
+            configs = [asked]  # MathVerse has one of its split's name; MMMU one for each subject, of which all are read
+        places = [[name, config] for config in configs] or [[name]]
+        tables = [table_rows(datasets.load_dataset(*place, split=asked), "/".join(place)) for place in places]
+    except Exception as error:  # of a dozen classes: no network, no such id or split, a gated one, a script
+        raise ValueError(f"{hub_id}: neither a file, nor could it be loaded from the hub: {error}") from error
+    return hub_id, (Path(datasets.config.HF_CACHE_HOME),), enumerate(itertools.chain(*tables), 1)
+
+
+def file_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Numbered rows of one file. Lines of JSON stay bytes: a broken one is then a bad record, not a bad file."""
+    readers = {".json": json_rows, ".parquet": parquet_rows, ".tsv": tsv_rows}
     if not file.stat().st_size:
         raise ValueError("the file is empty")
     if file.suffix == ".jsonl":
         with open(file, "rb") as lines:
             yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    elif file.suffix == ".json":
-        rows = json.loads(file.read_text("utf-8-sig"))
-        if not isinstance(rows, list):
-            raise ValueError("it holds one object, where a list of rows is needed")
-        yield from enumerate(rows, 1)
-    elif file.suffix == ".parquet":
-        yield from enumerate(table_rows(datasets.Dataset.from_parquet(str(file)), str(file)), 1)
-    elif file.suffix == ".tsv":
-        yield from enumerate(tsv_rows(file), 1)
+    elif file.suffix in readers:
+        yield from enumerate(readers[file.suffix](file), 1)
     else:
         raise ValueError("it is not .jsonl, .json, .parquet or .tsv")
+
+
+def json_rows(file: Path) -> Iterator:
+    """A list of rows, or SceMQA's object of such lists by subject, whose rows then have their subject and number."""
+    found = json.loads(file.read_bytes())
+    scemqa = isinstance(found, dict) and file.stem in ("multiple_choice", "free_response")
+    groups = found if scemqa else {"": found}
+    if not all(isinstance(group, list) for group in groups.values()):
+        raise ValueError("it holds one object, where a list of rows is needed")
+    if not any(groups.values()):
+        raise ValueError("it holds no records")
+    for subject, group in groups.items():
+        for number, row in enumerate(group, 1):
+            yield row | {"subject": subject, "number": number} if scemqa and isinstance(row, dict) else row
+
+
+def parquet_rows(file: Path) -> Iterator[dict]:
+    if pq.read_metadata(file).num_rows:  # (none is an error to `datasets`)
+        # `datasets` copies a file once into its cache, uncompressed, where any row is found without reading others.
+        # It knows a file by path and time of change, which `cp -p` keeps: hence the stamp.
+        stamp = f"{file.stat().st_ino}-{file.stat().st_ctime_ns}"
+        sparing = ParquetFragmentScanOptions(pre_buffer=False)  # (by default Arrow takes the whole file into memory)
+        table = datasets.Dataset.from_parquet(glob.escape(str(file)), config_name=stamp, batch_size=BATCH,
+                                              fragment_scan_options=sparing)
+        yield from table_rows(table, str(file))
 
 
 @dataclass(frozen=True, eq=False)
@@ -459,8 +491,8 @@ class Picture:
     index: int | None  # in a column of lists
 
     def read(self) -> bytes:
-        value = self.table[self.row][self.column][0].as_py()
-        value = value if self.index is None else value[self.index]
+        value = self.table[self.row][self.column][0]
+        value = (value if self.index is None else value[self.index]).as_py()
         return value["bytes"] if isinstance(value, dict) else value
 
     def __str__(self) -> str:
@@ -469,45 +501,44 @@ class Picture:
 
 def table_rows(table: datasets.Dataset, name: str) -> Iterator[dict]:
     """Rows of a table, with a Picture in the place of each picture's bytes: records stay small."""
-    table = table.with_format("arrow")
-
-    def lazy(value, *place):
+    def lazy(value, row: int, column: str, index: int | None = None):
+        if isinstance(value, list) and index is None:
+            return [lazy(item, row, column, i) for i, item in enumerate(value)]
         held = value.get("bytes") if isinstance(value, dict) else value
-        return Picture(table, name, *place) if isinstance(held, bytes) else value
+        return Picture(table, name, row, column, index) if isinstance(held, bytes) else value
 
-    rows = (row for part in table.iter(BATCH) for row in part.to_pylist())
+    table = table.with_format("arrow")
+    rows = itertools.chain.from_iterable(part.to_pylist() for part in table.iter(BATCH))
     for number, row in enumerate(rows):
-        for column, value in row.items():
-            if isinstance(value, list):
-                row[column] = [lazy(item, number, column, i) for i, item in enumerate(value)]
-            else:
-                row[column] = lazy(value, number, column, None)
-        yield row
+        yield {column: lazy(value, number, column) for column, value in row.items()}
 
 
 def tsv_rows(file: Path) -> Iterator[dict]:
     """VLMEvalKit's table: index, image (base64), question, A, B, ..., answer, and more -> rows of our own format."""
+    def listed(cell: str) -> list[str]:
+        items = cell[1:-1].split(",") if cell.startswith("[") else [cell]
+        return [item.strip(" '\"") for item in items if item]
+
     csv.field_size_limit(2**31 - 1)  # pictures are longer than csv's 128 KiB
     pictures: dict[str, str] = {}
     with open(file, newline="", encoding="utf-8-sig") as lines:
         table = csv.DictReader(lines, delimiter="\t")
         if missing := {"index", "question", "answer"} - set(table.fieldnames or ()):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}, which VLMEvalKit's tables have")
-        for row in table:
-            image = row.pop("image", None) or ""
-            index = row.pop("index")
+        for cells in table:
+            row = {name: cell for name, cell in cells.items() if name and cell}
+            index, image = row.pop("index", ""), row.pop("image", "")
             image = pictures[index] = pictures.get(image, image)  # the index of an earlier row stands for its picture
-            images = ["data:;base64," + item.strip(" '\"") for item in image.strip("[]").split(",")] if image else []
-            if not images and (paths := row.pop("image_path", None)):
-                images = [item.strip(" '\"") for item in paths[1:-1].split(",")] if paths[0] == "[" else [paths]
-            options = [row.pop(letter, None) or "" for letter in ascii_uppercase]
+            images = ["data:;base64," + code for code in listed(image)] or listed(row.pop("image_path", ""))
+            question, hint = row.pop("question", ""), row.pop("hint", "")
+            options = [row.pop(letter, "") for letter in ascii_uppercase]
             while options and not options[-1]:
                 options.pop()
-            hint = row.pop("hint", None)
-            question = f"Hint: {hint}\n{row.pop('question')}" if hint else row.pop("question")
-            yield {"id": index, "question": question, "answer": row.pop("answer"), "images": images, "choices": options,
-                   "meta": {key: value for key, value in row.items() if key and value}}
+            yield {"id": index, "question": f"Hint: {hint}\n{question}" if hint else question, "images": images,
+                   "choices": options, "answer": row.pop("answer", ""), "meta": row}
 
+
+# --- formats of others ------------------------------------------------------------------------------------------------
 
 def any_fields(row: dict) -> dict:
     """A row of any of FORMATS -> fields of Record, pictures as they stand in the row."""
@@ -528,13 +559,13 @@ def any_fields(row: dict) -> dict:
 
 def _own_fields(row: dict) -> dict:
     """A row of our own format -> fields of Record but its id; pictures as they stand in the row."""
-    if unknown := row.keys() - FIELDS:  # a dropped `options` would leave a question without them
-        raise ValueError(f"{', '.join(sorted(unknown))}: no fields of a record ({', '.join(sorted(FIELDS))}); rename "
-                         "them, or move them into `meta`")
+    if unknown := row.keys() - {*FIELDS, "image", "answers"}:  # a dropped `options` would leave a question without
+        raise ValueError(f"{', '.join(sorted(unknown))}: no fields of a record ({', '.join(FIELDS)}); rename them, or "
+                         "move them into `meta`")
     if isinstance(row.get("choices"), str):
         raise ValueError("its choices are one text; write a list of texts")
     meta = row.get("meta", {})
-    fields = {name: row[name] for name in FIELDS - {"id", "answers", "image"} if name in row}
+    fields = {name: row[name] for name in FIELDS[1:] if name in row}
     fields |= {"source": str(row.get("source", "")), "answer": row.get("answers", row.get("answer")),
                "meta": dict(json.loads(meta) if isinstance(meta, str) else meta)}
     for name, kind in (("precision", int), ("difficulty", float), ("complexity", float), ("stage", int)):
@@ -547,7 +578,8 @@ def _own_fields(row: dict) -> dict:
 
 def _foreign_fields(row: dict, kind: str) -> dict:
     """A row of another project's format -> question, answer, source; images only when its chat holds them."""
-    images, gold = [], row.get("answer", row.get("solution"))
+    images: list = []
+    gold = row.get("answer", row.get("solution"))
     if kind == "conversations":
         turns = [turn for turn in row[kind] if turn["from"] != "system"]
         if [turn["from"] for turn in turns] != ["human", "gpt"]:
@@ -575,7 +607,8 @@ def _chat(messages: list[dict] | str) -> tuple[str, list]:
     turns = [turn for turn in turns if turn["role"] != "system"]  # we set our own
     if [turn["role"] for turn in turns] != ["user"]:
         raise ValueError(f"its chat has {len(turns)} messages; only one, of the user, can be used")
-    content, text, images = turns[0]["content"], "", []
+    content, text = turns[0]["content"], ""
+    images: list = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         # After a passage through `datasets` every part has every key, null where unused: only `type` tells.
         if part["type"] == "text":
@@ -628,7 +661,6 @@ def _pictures(value, folders: tuple[Path, ...]) -> tuple:
 
 
 # --- written ----------------------------------------------------------------------------------------------------------
-
 
 def save_records(path: str, records: Iterable[Record]) -> None:
     """Write a Parquet file with the pictures inside, one column to a field of Record; whole or not at all.
@@ -683,7 +715,6 @@ def _row(record: Record) -> dict:
 
 # --- converters -------------------------------------------------------------------------------------------------------
 # Each converter turns a published row (nulls left out) into fields of Record; all shapes and traps: tests/test_sources.
-
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """`How long? A. 45; B. 60 ;C: 75` -> what stands before the options, and the options; (text, ()) where they cannot
@@ -750,7 +781,7 @@ def _polymath(row: dict) -> dict:
 
 
 def _scemqa(row: dict) -> dict:
-    """Rows as read_scemqa flattens them: their subject and number in it added."""
+    """Rows as json_rows flattens them: their subject and number in it added."""
     answer = row.get("Answer (final answer highlighted)", "")
     golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", answer)]  # (one \anser)
     free = row["subject"].endswith("Free_Response")
@@ -771,70 +802,15 @@ def _mathv360k(row: dict) -> dict:
             "images": row["image"], "meta": {"id": row.get("id"), "subset": row["image"].split("/")[0]}}
 
 
-def read_scemqa(path: str) -> Iterator[Record | Dropped]:
-    """SceMQA, of a clone of its repository: two JSON files of {subject: [row, ...]}, pictures beside them."""
-    def rows(file: Path) -> Iterator[tuple[int, dict]]:
-        subjects = json.loads(file.read_bytes())
-        if not isinstance(subjects, dict) or not all(isinstance(some, list) for some in subjects.values()):
-            raise ValueError("it holds no lists of rows by subject")
-        flat = (row | {"subject": subject, "number": number} if isinstance(row, dict) else row
-                for subject, some in subjects.items() for number, row in enumerate(some, 1))
-        yield from enumerate(flat, 1)
-
-    root = Path(path)
-    files = sorted(root.rglob("multiple_choice.json")) + sorted(root.rglob("free_response.json"))
-    files = files or [root] if files or root.is_file() else []
-    if not files:
-        raise ValueError(f"{path}: no multiple_choice.json or free_response.json; SceMQA is no hub data set: clone "
-                         "GitHub's SceMQA/SceMQA")
-    return read_tables(((str(file), (file.parent,), rows(file)) for file in files), _scemqa, "scemqa")
-
-
-def read_mathv360k(path: str) -> Iterator[Record | Dropped]:
-    """MathV360K, of a folder with train_samples_all_tuning.json and data_images/ (the unpacked data_images.zip).
-
-    Questions about one picture that stand there with different labels are dropped, repeated ones kept once.
-    """
-    if not Path(path).exists():
-        raise ValueError(f"{path}: no such file or folder; download Zhiqiang007/MathV360K and unpack data_images.zip")
-    labels: dict[tuple, set] = {}
-    used: set[tuple] = set()
-
-    def asked(fields: dict) -> tuple:
-        return fields["images"], fields["question"], fields["choices"]
-
-    def convert(row: dict) -> dict | Dropped:
-        fields = _mathv360k(row)
-        question = asked(fields)
-        if len(labels[question]) > 1:
-            return Dropped("", "conflicting labels", f"{fields['answer']!r} here, another answer elsewhere")
-        if question in used:
-            return Dropped("", "repeated question", "its picture, question and label stand in an earlier row")
-        used.add(question)
-        if not fields["choices"] and len(fields["answer"].split()) > 3 and not split_number(fields["answer"]):
-            return Dropped("", "free text", f"{fields['answer'][:80]!r} can be said in other words")
-        return fields
-
-    for _, _, rows in find_tables(path, "train_samples_all_tuning"):
-        with contextlib.suppress(Exception):  # the second reading says why, and of which file
-            for _, row in rows:
-                with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
-                    fields = _mathv360k(json.loads(row) if isinstance(row, bytes) else row)
-                    number = parse_number(fields["answer"])
-                    label = normal_text(fields["answer"]) if number is None else f"{number:.9g}"
-                    labels.setdefault(asked(fields), set()).add(label)
-    return read_tables(find_tables(path, "train_samples_all_tuning"), convert, "mathv360k")
-
-
 def _mathvista(row: dict) -> dict:
-    gold, choices, precision = row.get("answer"), row.get("choices") or [], row.get("precision")
+    gold, choices, precision = row.get("answer"), row.get("choices") or [], row.get("precision", math.nan)
     fields = {"id": row["pid"], "question": row.get("query", row["question"]).split("\nChoices:")[0],
               "choices": choices, "images": row.get("decoded_image") or row["image"],
               "meta": _meta(row["metadata"], "task", "skills", "source", "category", "grade", "language")}
     if row["question_type"] == "multi_choice":  # the gold is the text of a choice, be it "A" as the third of them
         return fields | {"answer": ascii_uppercase[choices.index(gold)] if gold in choices else gold}
     kind = {"integer": "number", "float": "number", "list": "list"}.get(row["answer_type"], "")
-    known = row["answer_type"] == "float" and precision is not None and precision == precision  # (nan is not)
+    known = row["answer_type"] == "float" and not math.isnan(precision)
     return fields | {"answer": gold, "answer_type": kind, "precision": int(precision) if known else None}
 
 
@@ -855,7 +831,7 @@ def _mmmu(row: dict) -> dict:
 
     choices = ast.literal_eval(row.get("options", "[]"))  # a list written as a string
     order = [f"image_{n}" for n in re.findall(r"<image (\d)>", "\n".join([row["question"], *choices]))]
-    unnamed = [name for name in (f"image_{n}" for n in range(1, 8)) if name in row and name not in order]
+    unnamed = [name for name in row if re.fullmatch(r"image_\d", name) and name not in order]
     gold = row.get("answer", "")
     if not choices and gold.startswith("["):  # any of these is right
         gold = ast.literal_eval(gold)
@@ -871,20 +847,56 @@ def _mmstar(row: dict) -> dict:
         "id": row["index"], "images": row["image"], "meta": _meta(row, "category", "l2_category")}
 
 
-# --- published data sets: one entry each -------------------------------------------------------------------------------
+# --- published data sets: one entry each ------------------------------------------------------------------------------
 
 TASKS = {"figure question answering": "FQA", "geometry problem solving": "GPS", "math word problem": "MWP",
          "textbook question answering": "TQA", "visual question answering": "VQA"}  # of MathVista
-STEPS = {f"{n}steps_{step}": f"S{n if step == 'multi' else 1}" for n in (2, 3) for step in (1, 2, 3, "multi")}
-DOMAINS = {subject: domain for domain, subjects in {  # of MMMU
-    "Art & Design": "Art Art_Theory Design Music",
-    "Business": "Accounting Economics Finance Manage Marketing",
-    "Science": "Biology Chemistry Geography Math Physics",
-    "Health & Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
-                         "Public_Health",
-    "Humanities & Social Science": "History Literature Psychology Sociology",
-    "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
-                          "Materials Mechanical_Engineering"}.items() for subject in subjects.split()}
+STEPS = {"2steps_1": "S1", "2steps_2": "S1", "2steps_multi": "S2",
+         "3steps_1": "S1", "3steps_2": "S1", "3steps_3": "S1", "3steps_multi": "S3"}  # of We-Math
+DOMAINS: dict[str, str] = {}  # of MMMU's subjects
+for domain, subjects in {
+        "Art & Design": "Art Art_Theory Design Music",
+        "Business": "Accounting Economics Finance Manage Marketing",
+        "Science": "Biology Chemistry Geography Math Physics",
+        "Health & Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
+                             "Public_Health",
+        "Humanities & Social Science": "History Literature Psychology Sociology",
+        "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
+                              "Materials Mechanical_Engineering"}.items():
+    DOMAINS |= dict.fromkeys(subjects.split(), domain)
+
+
+def read_once(tables: Iterable[Table], convert: Convert, source: str) -> Iterator[Record | Dropped]:
+    """MathV360K: questions about one picture that stand there with different labels are dropped, others kept once."""
+    labels: dict[int, str | None] = {}  # of each question; None: several. Hashes: 360,000 texts would be 200 MB
+
+    def asked(fields) -> int:
+        return hash((fields["images"], fields["question"], fields["choices"]))
+
+    def labelled(rows: Iterator) -> Iterator:
+        kept = list(rows)
+        for _, row in kept:
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):  # (see `once`)
+                fields: Any = convert(parsed(row))
+                number = parse_number(fields["answer"])
+                label = normal_text(fields["answer"])[:80] if number is None else f"{number:.9g}"
+                if labels.setdefault(asked(fields), label) != label:
+                    labels[asked(fields)] = None
+        yield from kept
+
+    def once(row: dict) -> dict | Dropped:
+        fields: Any = convert(row)
+        question, gold = asked(fields), fields["answer"]
+        if question not in labels:
+            return Dropped("", "repeated question", "its picture, question and label stand in an earlier row")
+        if labels[question] is None:
+            return Dropped("", "conflicting labels", f"{gold!r} here, another answer elsewhere")
+        del labels[question]
+        if not fields["choices"] and len(gold.split()) > 3 and not split_number(gold):
+            return Dropped("", "free text", f"{gold[:80]!r} can be said in other words")
+        return fields
+
+    return read_tables(((name, folders, labelled(rows)) for name, folders, rows in tables), once, source)
 
 
 @dataclass(frozen=True)
@@ -893,45 +905,48 @@ class Published:
 
     hub_id: str
     split: str
-    convert: Callable[[dict], dict | Dropped]  # a row of it -> fields of Record
+    convert: Convert
     size: int | None = None  # published rows, of a benchmark
     licence: str = "none given"  # as its authors publish it, in the hub's word where that has one
     source: bool = False  # is it one of the five that NeuraLadder was made of?
-    parts: tuple = ()  # of a benchmark: its published sub-scores: their kind, the key in a row's meta, other names
+    parts: tuple[tuple[str, str, dict], ...] = ()  # of a benchmark, its sub-scores: kind, key in `meta`, other names
     mean_over: str = ""  # the kind of part whose mean is its score, where that is not the mean over rows
-    reader: Callable | None = None  # (path, convert) -> records, of a set that is no hub data set
+    by_hand: str = ""  # of a set that is no hub data set: what to do where it is not found
+    reader: Callable[..., Iterator[Record | Dropped]] = read_tables
 
     def read(self, name: str, path_or_id: str | None = None) -> Iterator[Record | Dropped]:
         """Its rows, of a local copy or hub id (perhaps with @split); None: of where it is published."""
-        if self.reader is not None:
-            return self.reader(path_or_id or self.hub_id, self.convert)
-        return read_tables(find_tables(path_or_id or self.hub_id, self.split), self.convert, name)
+        place = path_or_id or self.hub_id
+        if self.by_hand and not Path(place).exists():
+            raise ValueError(f"{place}: {self.by_hand}")
+        return self.reader(find_tables(place, self.split), self.convert, name)
 
 
 DATASETS: dict[str, Published] = {
-    "mathvision": Published("MathLLMs/MathVision", "test", _mathvision, 3040, "mit", source=True,
-                            parts=(("level", "level", {}), ("subject", "subject", {}))),
-    "wemath": Published("We-Math/We-Math", "testmini", _wemath, 1740, "cc-by-nc-4.0", source=True,
-                        parts=(("steps", "key", STEPS),)),
-    "polymath": Published("him1411/polymath", "test", _polymath, licence="afl-3.0", source=True),
-    "scemqa": Published("SceMQA/SceMQA", "", _scemqa, licence="unstated", source=True, reader=read_scemqa),
-    "mathv360k": Published("Zhiqiang007/MathV360K", "train_samples_all_tuning", _mathv360k, source=True,
-                           reader=read_mathv360k),
     "mathvista": Published("AI4Math/MathVista", "testmini", _mathvista, 1000,
                            parts=(("task", "task", TASKS), ("skill", "skills", {}))),
+    "mathvision": Published("MathLLMs/MathVision", "test", _mathvision, 3040, "mit", source=True,
+                            parts=(("level", "level", {}), ("subject", "subject", {}))),
     "mathverse": Published("AI4Math/MathVerse", "testmini", _mathverse, 3940,
                            parts=(("version", "problem_version", {}),), mean_over="version"),
+    "wemath": Published("We-Math/We-Math", "testmini", _wemath, 1740, "cc-by-nc-4.0", source=True,
+                        parts=(("steps", "key", STEPS),)),
     "mmmu": Published("MMMU/MMMU", "validation", _mmmu, 900,
                       parts=(("domain", "subject", DOMAINS), ("subject", "subject", {}))),
     "mmstar": Published("Lin-Chen/MMStar", "val", _mmstar, 1500,
                         parts=(("category", "category", {}),), mean_over="category"),
+    "polymath": Published("him1411/polymath", "test", _polymath, licence="afl-3.0", source=True),
+    "scemqa": Published("SceMQA/SceMQA", "multiple_choice|free_response", _scemqa, licence="unstated", source=True,
+                        by_hand="no multiple_choice.json or free_response.json there; clone GitHub's SceMQA/SceMQA"),
+    "mathv360k": Published("Zhiqiang007/MathV360K", "train_samples_all_tuning", _mathv360k, source=True,
+                           by_hand="no such folder; download Zhiqiang007/MathV360K and unpack data_images.zip",
+                           reader=read_once),
 }
 SOURCES = [name for name, published in DATASETS.items() if published.source]
 BENCHMARKS = [name for name, published in DATASETS.items() if published.parts]
 
 
 # --- one command: source in, usable records out -----------------------------------------------------------------------
-
 
 def same_picture(a: Image.Image, b: Image.Image) -> bool:
     """Are these one picture but for its encoding and size? Both are brought to the smaller size and blurred a little.
@@ -940,23 +955,22 @@ def same_picture(a: Image.Image, b: Image.Image) -> bool:
     quality 75, halving, and both; 19 and more (mostly above 40) where one digit differs. Where that copy is halved
     too, a fifth of the pairs pass for one picture (type of 10 to 16 pixels): a problem dropped in vain, no leak.
     """
-    size = min(a.size, b.size, key=lambda size: size[0] * size[1])
-    a, b = (np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.BoxBlur(1.5)),
-                       np.int16) for image in (a, b))
-    return np.abs(a - b).max() <= 12
+    size, blur = min(a.size, b.size, key=math.prod), ImageFilter.BoxBlur(1.5)
+    small = [image.convert("L").resize(size, Image.Resampling.BICUBIC).filter(blur) for image in (a, b)]
+    return bool(np.abs(np.diff(np.array(small, np.int16), axis=0)).max() <= 12)
 
 
-def _thumbnail(image: Image.Image) -> np.ndarray:
+def thumbnail(image: Image.Image) -> np.ndarray:
     """[256] int16, 16 x 16 greys: differs by at most 10 for one picture encoded or halved, and hardly ever for two."""
     return np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BICUBIC), np.int16).ravel()
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the benchmarks hold: B pictures in order of their shape."""
+    """What the benchmarks hold: B pictures."""
 
     ids: frozenset[str]
-    shapes: np.ndarray  # [B] width / height, ascending
+    shapes: np.ndarray  # [B] width / height
     thumbnails: np.ndarray  # [B, 256] int16
     pictures: list[tuple]  # [B] (picture, id), opened again when the thumbnails agree
 
@@ -965,11 +979,10 @@ class Held:
         if record.id in self.ids:
             return Dropped(record.id, f"in {record.id.partition('-')[0]}, by id", "the benchmark has this id")
         for image in images:
-            shape, thumbnail = image.width / image.height, _thumbnail(image)
-            low, high = np.searchsorted(self.shapes, [shape / 1.03, shape * 1.03])  # halving rounds odd sizes
-            near = np.arange(low, high)
+            shape, small = image.width / image.height, thumbnail(image)
+            near = np.flatnonzero(np.abs(np.log(self.shapes / shape)) < 0.03)  # halving rounds odd sizes
             for cells in (slice(None, None, 17), slice(None)):  # the diagonal rules nearly all out at 1/16 of the cost
-                near = near[np.abs(self.thumbnails[near, cells] - thumbnail[cells]).max(axis=1) <= 12]
+                near = near[np.abs(self.thumbnails[near, cells] - small[cells]).max(axis=1) <= 12]
             for picture, held_id in (self.pictures[i] for i in near):
                 if same_picture(image, open_image(picture, held_id)):
                     return Dropped(record.id, f"in {held_id.partition('-')[0]}, by picture", f"a picture of {held_id}")
@@ -978,40 +991,35 @@ class Held:
 
 def read_held(benchmarks: str) -> Held:
     """`mathvista,mathverse=local/path,...` -> what these hold."""
-    ids: set[str] = set()
-    found: list[tuple] = []
-
     def look(made: Record | Dropped) -> list[tuple]:
-        seen = []
-        if getattr(made, "reason", "") == "picture unreadable":
+        if isinstance(made, Dropped) and made.reason == "picture unreadable":
             print(f"--exclude cannot look for the picture of {made.id}: {made.detail}", file=sys.stderr)
+        seen = []
         for picture in made.images:
             try:
                 image = open_image(picture, made.id)
+                seen.append((image.width / image.height, thumbnail(image), (picture, made.id)))
             except ValueError as error:
                 print(f"--exclude cannot look for it: {error}", file=sys.stderr)
-                continue
-            seen.append((image.width / image.height, _thumbnail(image), (picture, made.id)))
         return seen
 
+    ids: set[str] = set()
+    found: list[tuple] = []
     for benchmark in filter(None, benchmarks.split(",")):
         name, _, path = benchmark.partition("=")
         if name not in BENCHMARKS:
             raise ValueError(f"--exclude {name}: no benchmark of that name; there are {', '.join(BENCHMARKS)}")
-        rows = tqdm(BENCHMARKS[name](path or None), desc=f"reading {name}", unit=" records")
-        own: set[str] = set()
-        with ThreadPoolExecutor() as pool:
-            for batch in batches(rows):
-                own.update(made.id for made in batch if getattr(made, "reason", "") != "malformed row")  # a made-up id
-                found += itertools.chain.from_iterable(pool.map(look, batch))
-        ids |= own
+        rows = list(tqdm(DATASETS[name].read(name, path), f"reading {name}", unit=" records", disable=QUIET))
+        own = {made.id for made in rows if getattr(made, "reason", "") != "malformed row"}  # (its id is made up)
         if not own:
             raise ValueError(f"--exclude {benchmark}: no row there is one of {name}, and nothing would be excluded; "
                              "give the benchmark as it is published")
-    found.sort(key=lambda item: item[0])
-    return Held(frozenset(ids), np.array([shape for shape, _, _ in found]),
-                np.array([thumbnail for _, thumbnail, _ in found], np.int16).reshape(-1, 256),
-                [picture for _, _, picture in found])
+        ids |= own
+        with ThreadPoolExecutor() as pool:
+            looked = tqdm(pool.map(look, rows), "its pictures", len(rows), unit=" records", disable=QUIET)
+            found += itertools.chain.from_iterable(looked)
+    shapes, thumbnails, pictures = zip(*found) if found else ((), np.empty((0, 256), np.int16), ())
+    return Held(frozenset(ids), np.array(shapes), np.array(thumbnails), list(pictures))
 
 
 def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = None, **about) -> dict:
@@ -1026,27 +1034,27 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
             images = [open_image(image, item.id) for image in item.images]
         except ValueError as error:
             return Dropped(item.id, "picture unreadable", str(error))
-        return held and held.find(item, images) or item
+        return held and held.find(item, images) or verifiable(item)
 
     def usable() -> Iterator[Record]:
-        for batch in batches(tqdm(made, desc=Path(out).name, unit=" records")):
-            for item in map(judged, pool.map(examine, batch)):  # (math-verify answers one thread at a time)
+        for batch in batches(tqdm(made, Path(out).name, unit=" records", disable=QUIET)):
+            for item in pool.map(examine, batch):
                 if isinstance(item, Dropped):
                     dropped[item.reason] += 1
-                    lines.write(json.dumps({"id": item.id, "reason": item.reason, "detail": item.detail}) + "\n")
+                    print(json.dumps({"id": item.id, "reason": item.reason, "detail": item.detail}), file=lines)
                 else:
                     kept[item.answer_type] += 1
                     yield item
         if not kept:
             raise ValueError(f"none of the {dropped.total()} records can be used; {dropped_to} says why")
 
-    kept, dropped = Counter(), Counter()
+    kept, dropped = Counter[str](), Counter[str]()
     dropped_to, report_to = (Path(out).with_suffix(end) for end in REPORTS)
     dropped_to.parent.mkdir(parents=True, exist_ok=True)
     with open(dropped_to, "w") as lines, ThreadPoolExecutor() as pool:
         save_records(out, usable())
     report = about | {"out": out, "read": kept.total() + dropped.total(), "kept": kept.total(),
-                              "answer_types": dict(kept.most_common()), "dropped": dict(dropped.most_common())}
+                      "answer_types": dict(kept.most_common()), "dropped": dict(dropped.most_common())}
     report_to.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -1061,16 +1069,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.out.endswith(".parquet"):
         raise ValueError(f"--out {args.out}: give a file that ends in .parquet")
-    about = {"source": args.source, "input": args.input, "exclude": args.exclude}
     held = read_held(args.exclude) if args.exclude else None
-    if held:
-        about["looked_for"] = {"ids": len(held.ids), "pictures": len(held.pictures)}
-    made = SOURCES.get(args.source, read_any)(args.input)
+    looked_for = {"looked_for": {"ids": len(held.ids), "pictures": len(held.pictures)}} if held else {}
+    published = DATASETS.get(args.source)
+    made = published.read(args.source, args.input) if published else read_any(args.input)
     name = Path(args.input).stem  # of rows that do not say where they are from: a ladder's card counts by source
-    made = (item if isinstance(item, Dropped) or item.source else dataclasses.replace(item, source=name)
-            for item in made)
-    report = save_usable(made, args.out, held, **about)
-    print(json.dumps(report, indent=1))
+    made = (one if isinstance(one, Dropped) or one.source else dataclasses.replace(one, source=name) for one in made)
+    about = {"source": args.source, "input": args.input, "exclude": args.exclude} | looked_for
+    print(json.dumps(save_usable(made, args.out, held, **about), indent=1))
 
 
 if __name__ == "__main__":

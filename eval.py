@@ -290,21 +290,25 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
         "unusable": sum(isinstance(r.record, Dropped) for r in results), "why_unusable": unusable,
         "drawn_with": {r.record.id: r.problem for r in results if r.problem != r.record.id},
         "published": published and published.size, "sections": section_lengths(results)}
+    found |= part_scores(benchmark, results, published.mean_over if published else "")
+    return found | ({"four_way": four_way(results)} if benchmark == "wemath" else {})
+
+
+def part_scores(benchmark: str, results: list[Result], mean_over: str) -> dict:
+    """Scores by part; and their mean over the parts of kind `mean_over`, where a benchmark reports that."""
     parts: dict[str, dict[str, list[Result]]] = {}
     for result in results:
         for kind, name in parts_of(benchmark, result.record):
             parts.setdefault(kind, {}).setdefault(name, []).append(result)
-    found["parts"] = {kind: {name: {"problems": len(rows), "accuracy": mean(r.accuracy for r in rows),
-                                    "interval": interval([rows])} for name, rows in sorted(named.items())}
-                      for kind, named in parts.items()}
-    if published and published.mean_over in parts:
-        kind = published.mean_over
-        found["mean_over_parts"] = {"kind": kind, "parts": len(parts[kind]),
-                                    "accuracy": mean(part["accuracy"] for part in found["parts"][kind].values()),
-                                    "interval": interval(list(parts[kind].values()))}
-    if benchmark == "wemath":
-        found["four_way"] = four_way(results)
-    return found
+    found: dict[str, dict] = {}
+    for kind, named in parts.items():
+        found[kind] = {name: {"problems": len(rows), "accuracy": mean(r.accuracy for r in rows),
+                              "interval": interval([rows])} for name, rows in sorted(named.items())}
+    if mean_over not in parts:
+        return {"parts": found}
+    over = {"kind": mean_over, "parts": len(parts[mean_over]), "interval": interval(list(parts[mean_over].values())),
+            "accuracy": mean(part["accuracy"] for part in found[mean_over].values())}
+    return {"parts": found, "mean_over_parts": over}
 
 
 def section_lengths(results: list[Result]) -> dict[str, dict[str, float]]:
@@ -340,12 +344,7 @@ def four_way(results: list[Result]) -> dict:
     not any and M; score = CM + IG / 2 = (N - IG / 2 - RM - IK) / N, with N = 525 IDs. RM_rate, RM / (RM + CM), is what
     the authors print as RM. Means over the samples. IDs whose rows are not all there (--limit) are left out.
     """
-    by_id: dict[str, dict[str, Result]] = {}
-    for result in results:
-        if {"ID", "key"} <= result.record.meta.keys():
-            by_id.setdefault(result.record.meta["ID"], {})[result.record.meta["key"]] = result
-    ordered = [[rows[key] for key in sorted(rows)] for rows in by_id.values() if any("multi" in key for key in rows)]
-    whole = [rows for rows in ordered if len(rows) == 1 + int(rows[-1].record.meta["key"][0])]  # M is the last
+    whole = whole_ids(results)
     if not whole:
         return {}
     samples = max(len(r.responses) for rows in whole for r in rows)
@@ -364,6 +363,21 @@ def four_way(results: list[Result]) -> dict:
         found[name] = {"score": cm + ig / 2, "CM": cm, "IG": ig, "IK": ik, "RM": rm, "RM_rate": rm and rm / (rm + cm),
                        "interval": interval([[rows[-1] for rows in whole]], scores)}
     return found
+
+
+def whole_ids(results: list[Result]) -> list[list[Result]]:
+    """Of each We-Math ID whose rows are all there: its single steps in order, and M last."""
+    by_id: dict[str, dict[str, Result]] = {}
+    for result in results:
+        if {"ID", "key"} <= result.record.meta.keys():
+            by_id.setdefault(result.record.meta["ID"], {})[result.record.meta["key"]] = result
+    whole = []
+    for rows in by_id.values():
+        ordered = [rows[key] for key in sorted(rows)]  # ("multi" sorts after the numbers of the steps)
+        last = ordered[-1].record.meta["key"]
+        if "multi" in last and len(ordered) == 1 + int(last[0]):
+            whole.append(ordered)
+    return whole
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -456,9 +470,14 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
 def write_page(path: Path, title: str, intro: str, sections: list[dict], links: Iterable[str] = ()) -> None:
     """One HTML file without outside parts; sections: see section_of. links: to the other pages of a set; without them
     the blocks can be shown and hidden by kind. All text is escaped: what a model writes cannot become markup."""
-    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True)
-    page = pages.get_template("page.html").render(title=title, intro=intro, sections=sections, links=list(links))
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render("page.html", title=title, intro=intro, sections=sections, links=list(links)), "utf-8")
+
+
+def render(template: str, **values) -> str:
+    """A template of assets/, filled in; in HTML values are escaped."""
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=jinja2.select_autoescape(),
+                                   trim_blocks=True, keep_trailing_newline=True)
+    return templates.get_template(template).render(**values)
 
 
 def section_of(record: Record, where: str, blocks: list[tuple[str, str, str]], gold: str = "") -> dict:
@@ -625,8 +644,17 @@ def data_digest(records: list[Record]) -> str:
         digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
         for image in r.images:
             with contextlib.suppress(OSError, ValueError):  # (check_records will name it)
-                digest.update(hashlib.sha256(picture_bytes(image)).digest())
+                digest.update(hashlib.sha256(stored(image)).digest())
     return f"{len(records)} problems ({digest.hexdigest()[:12]})"
+
+
+def stored(image) -> bytes:
+    """A picture as it is stored; of one that is in memory, its size and pixels."""
+    if isinstance(image, Picture):
+        return image.read()
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes()
+    return image if isinstance(image, bytes) else repr(image.size).encode() + open_image(image, "").tobytes()
 
 
 # --- from the command line --------------------------------------------------------------------------------------------

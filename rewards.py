@@ -31,6 +31,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import unicodedata
 from collections import Counter
@@ -46,6 +47,9 @@ from typing import Any, Protocol
 
 import torch
 from pebble import ProcessExpired, ProcessPool
+
+if sys.version_info < (3, 11):  # (a run would end at its first checkpoint)
+    raise SystemExit(f"error: this code needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 
 class Problem(Protocol):
@@ -418,19 +422,24 @@ def split_number(text: str, known_units: bool = True) -> tuple[float, str] | Non
     match = NUMBER.fullmatch(text[1:-1] if text[:1] + text[-1:] == "()" and "," not in text else text)
     if not match:
         return None
-    sign, whole, top, bottom, digits, space, unit = match.groups()
-    unit = re.sub(r"(?<=[a-zµμω])(?:\^?\{?-?[1-3]\}?|[²³])(?![0-9])", "", (unit or "").lower())
-    words = re.split(r"[\s/·.-]+", unit.strip(" .")) if unit else []
-    for word in words:
-        noun = space and len(word) > 2 and word.isalpha() and word not in NOT_UNITS
-        if word not in UNITS and (known_units or not noun):
-            return None
+    sign, whole, top, bottom, digits, space, after = match.groups()
+    unit = read_unit(after or "", any_noun=bool(space) and not known_units)
     if top:
-        value = float(whole or 0) + float(top) / float(bottom) if float(bottom) else float("inf")
+        value = float(whole or 0) + float(top) / float(bottom) if float(bottom) else math.inf
     else:
         value = float(digits.replace(",", ""))
-    unit = "%" if words and words[0] in ("%", "percent") else " ".join(words)
-    return (-value if sign == "-" else value, unit) if math.isfinite(value) else None
+    return (-value if sign == "-" else value, unit) if unit is not None and math.isfinite(value) else None
+
+
+def read_unit(text: str, any_noun: bool) -> str | None:
+    """What stands after a number, without powers, as one unit; None where it is none. any_noun: "red cars" is one."""
+    text = re.sub(r"(?<=[a-zµμω])(?:\^?\{?-?[1-3]\}?|[²³])(?![0-9])", "", text.lower())
+    words = re.split(r"[\s/·.-]+", text.strip(" .")) if text else []
+    for word in words:
+        noun = len(word) > 2 and word.isalpha() and word not in NOT_UNITS
+        if word not in UNITS and not (any_noun and noun):
+            return None
+    return "%" if words and words[0] in ("%", "percent") else " ".join(words)
 
 
 def parse_number(text: str) -> float | None:
@@ -503,17 +512,20 @@ def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tup
     if kind not in RULES:
         raise ValueError(f"answer type {kind!r} is none of {', '.join(RULES)}")
     for gold in golds:
-        if kind == "choice" and option_index(gold, options) is None:
-            raise ValueError(f"its answer {gold[:80]!r} names none of the options {list(options) or LETTERS}")
-        if kind == "number" and parse_number(gold) is None:
-            raise ValueError(f"its answer {gold[:80]!r} is no number")
-        if kind == "list" and parse_items(gold) is None:
-            raise ValueError(f"its answer {gold[:80]!r} is no list, tuple or ratio")
-        if kind == "text" and not normal_text(gold):
-            raise ValueError(f"its answer {gold[:80]!r} holds nothing but punctuation")
+        if not READS[kind](gold, options):
+            of = f" {list(options) or LETTERS}" if kind == "choice" else ""
+            raise ValueError(f"its answer {gold[:80]!r} {UNREAD[kind]}{of}")
         if kind != "choice" and len(gold) > MAX_ANSWER:
             raise ValueError(f"its answer is {len(gold)} characters long; no rule can judge more than {MAX_ANSWER}")
     return golds if several else golds[0], options, kind
+
+
+READS = {  # can a gold of this type be read?
+    "choice": lambda gold, options: option_index(gold, options) is not None,
+    "number": lambda gold, _: parse_number(gold) is not None, "list": lambda gold, _: parse_items(gold) is not None,
+    "text": lambda gold, _: normal_text(gold) != "", "math": lambda gold, _: True}
+UNREAD = {"choice": "names none of the options", "number": "is no number", "list": "is no list, tuple or ratio",
+          "text": "holds nothing but punctuation"}
 
 
 def gold_fault(record: Problem) -> str | None:

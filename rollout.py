@@ -59,6 +59,10 @@ if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any other is refused by name
+# Below so many parameters one thread is set on a CPU, unless the user has set some: OpenMP's threads spin while they
+# wait for one that is not running. Five rollouts and updates of the toy, seconds, quiet and beside a busy process, on 2
+# cores: 1 thread 7.5, 8.2; 2 threads 5.8 (at best), 60; 4 threads 6, 69; 2 with GOMP_SPINCOUNT=0 9.1, 8.8.
+SMALL = 20_000_000
 CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
 
@@ -450,8 +454,8 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
                 computes_on: torch.device | str | None = None) -> PreTrainedModel:
     """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
-    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. Raises
-    ValueError when path is no Qwen vision-language model.
+    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. A small one
+    on a CPU sets the process to one thread (SMALL). Raises ValueError when path is no Qwen vision-language model.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
@@ -465,6 +469,9 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
                                                         trust_remote_code=False).to(device)
+    if model.device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # (the processes it starts, and accelerate, heed this)
+        torch.set_num_threads(1)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing:

@@ -549,9 +549,10 @@ class Run:
             load_moments(self.newest, policy, state["steps"])
             self.saved = curriculum.position
         self.evals = on_rank_0(self._open)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), project_dir=self.folder,
-                                       log_with=None if cfg.tracker == "none" else cfg.tracker)
-        self.accelerator.init_trackers(self.folder.name, config=asdict(cfg))
+        self.tracker = None
+        if cfg.tracker != "none":
+            self.tracker = Accelerator(cpu=not torch.cuda.is_available(), project_dir=self.folder, log_with=cfg.tracker)
+            self.tracker.init_trackers(self.folder.name, config=asdict(cfg))
         if self.chief:
             size, steps = sum(p.numel() for p in policy.model.parameters()), len(curriculum)
             tqdm.write(f"{self.folder}: {size / 1e6:.1f}M parameters, {len(train)} problems in {steps} rollouts of up "
@@ -564,7 +565,7 @@ class Run:
     def _open(self) -> dict[int, dict]:
         """Rank 0: the folder is this run's, its logs are cut back to its newest checkpoint -> held-out scores there."""
         claim(self.folder, as_kept(self.cfg))
-        write_json(self.folder / "environment.json", environment() | {"processes": rank_and_world()[1]})
+        write_json(self.folder / "environment.json", environment())
         effective = generation_config(self.policy.processor, temperature=self.cfg.temperature,
                                       max_tokens=self.cfg.max_response_tokens)
         (self.folder / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
@@ -586,7 +587,8 @@ class Run:
         metrics = {"step": step, "stage": batch.stage} | metrics
         self.log("metrics.jsonl", [metrics])
         self.log("responses.jsonl", group_lines(batch, responses, rewards, step))
-        self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         if step == 1 and self.chief:
             warn_first_rollout(metrics, self.cfg)
         self.bar.update()
@@ -645,7 +647,8 @@ class Run:
         self.prune()  # (a run that was killed between an evaluation and this)
         self.draw()
         self.signals.close()
-        self.accelerator.end_training()
+        if self.tracker is not None:
+            self.tracker.end_training()
         step, steps = self.curriculum.position, len(self.curriculum)
         if not self.chief:
             return
@@ -826,20 +829,18 @@ class Signals:
 
 def environment() -> dict:
     """Where the run's numbers come from: commit, versions of all that is installed, machine."""
-    def git(*args: str) -> str | None:
-        try:
-            command = ["git", "-C", str(HERE), *args]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # not a checkout, or no git
+    def git(*args: str) -> str | None:  # None: not a checkout, or no git
+        command = ["git", "-C", str(HERE), *args]
+        done = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+        return done.stdout.strip() if done and not done.returncode else None
 
-    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    changes = git("status", "--porcelain", "--", "*.py")
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
+    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "*.py")),
             "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
-            "packages": dict(sorted(packages.items())), "command": sys.argv}
+            "processes": rank_and_world()[1], "packages": dict(sorted(packages.items())), "command": sys.argv}
+
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -915,43 +916,38 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be read; None: each of its files is as long as it says, and its JSON is JSON."""
-    try:
-        state = read_json(path / "trainer" / "state.json")
-        files = sorted(path.rglob("*.safetensors"))
-        for file in [*files, *path.glob("*.json")]:
-            if file.suffix == ".json":
-                read_json(file)
-            else:
-                with safe_open(file, "pt") as tensors:
-                    tensors.keys()
-        moved = any(file.parent.name == "trainer" for file in files)
-        return None if moved or not state["steps"] else "its moments are not there"
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return str(error)
-
-
 def newest_whole(run: Path) -> Path | None:
-    """The newest checkpoint that is whole, None where there are none at all; damaged ones are set aside, and said so.
+    """The newest checkpoint that can be read, None where there are none at all; others are set aside, and said so.
 
-    Raises ValueError when all are damaged.
+    Read: each file is as long as it says and its JSON is JSON, which is what a disk or a copy cuts off. Raises
+    ValueError when none can be.
     """
     damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
-        fault = damage(path)
-        if fault is None:
-            for bad in damaged:
-                aside = run / bad.name.replace("checkpoint", "damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(bad, aside)
-            return path
-        tqdm.write(f"{path} is damaged: {fault}; taking the one before it")
-        damaged.append(path)
+        try:
+            state = read_json(path / "trainer" / "state.json")
+            for file in path.glob("*.json"):
+                read_json(file)
+            files = sorted(path.rglob("*.safetensors"))
+            for file in files:
+                with safe_open(file, "pt") as tensors:  # (its header tells how long it must be)
+                    tensors.keys()
+            if state["steps"] and not any(file.parent.name == "trainer" for file in files):
+                raise ValueError("its moments are not there")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            tqdm.write(f"{path} is damaged: {error}; taking the one before it")
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            aside = run / bad.name.replace("checkpoint", "damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+        return path
     if damaged:
         raise ValueError(f"--resume: no checkpoint of {run} is whole; bring one back from a copy, or start again with "
                          "another --out")
     return None
+
 
 def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
     """Name the checkpoint of highest held-out accuracy (the earliest, of equals) in best.json; delete all but this and

@@ -11,7 +11,7 @@ again (one at a time): a finished run is not done again, a begun one goes on. Wh
 What the tables are made of is kept in assets/ablations/runs.parquet, a record a run:
 
     row, seed      which run
-    settings       its config.json
+    settings       its settings.json
     environment    its environment.json: commit, versions, machine
     scores         its scores.json: before and after training, greedy and sampled, without the single problems
     steps          a list of {step, stage, reward, accuracy, signal, ...}: its metrics.jsonl, in six digits
@@ -32,6 +32,7 @@ degrees. The tables' own intervals take 7 degrees a side and are wider: at this 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -54,7 +55,7 @@ from compare import Run, compare_runs, over_seeds, training_run  # noqa: E402
 
 from data import load_records, save_records  # noqa: E402
 from eval import markdown, tables  # noqa: E402
-from rewards import Score, group_rewards  # noqa: E402
+from rewards import Response, group_rewards  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
@@ -127,7 +128,7 @@ def run(*command, log: Path | None = None, threads: int | None = None) -> int:
 def train(row: str, seed: int, threads: int) -> tuple[str, int]:
     """A run to its end, in out/ablations; one that is there is taken as it is."""
     name = name_of(row, seed)
-    resume = ["--resume"] if (OUT / name / "config.json").exists() else []
+    resume = ["--resume"] if (OUT / name / "settings.json").exists() else []
     if not (OUT / name / "scores.json").exists():
         print(f"{row}, seed {seed}{', resumed' if resume else ''}", flush=True)
         code = run("train.py", "--model", MODEL, "--data", LADDER, *shlex.split(ROWS[row]), "--seed", seed,
@@ -216,9 +217,11 @@ def record_of(row: str, seed: int, folder: Path) -> dict:
             answers += [{"step": line["step"], "sampling": sampling, "problem": problem,
                          "difficulty": difficulty[problem], "accuracy": accuracy}
                         for problem, accuracy in summary["by_problem"].items()]
-    groups = [{name: [r[name] for r in line["responses"]] for name in ("accuracy", "format", "tokens")}
-              for line in responses]
-    return {"row": row, "seed": seed, "settings": (folder / "config.json").read_text(),
+    groups = []
+    for _, group in itertools.groupby(responses, key=lambda line: (line["step"], line["id"])):
+        lines = list(group)
+        groups.append({name: [line[name] for line in lines] for name in ("accuracy", "format", "tokens")})
+    return {"row": row, "seed": seed, "settings": (folder / "settings.json").read_text(),
             "environment": (folder / "environment.json").read_text(), "scores": json.dumps(scores),
             "steps": [line for line in metrics if "reward" in line], "answers": answers, "groups": groups}
 
@@ -273,11 +276,11 @@ def mechanisms(runs: dict[str, list[dict]]) -> str:
     records = [record for row in ROWS for record in runs[row]]
     groups = torch.tensor([[group["accuracy"], group["format"], group["tokens"]]
                            for record in records for group in record["groups"]])  # [P, 3, G]
-    scores = [[Score(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
+    judged = [[Response(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
     right, G = groups[:, 0].sum(1), groups.shape[2]
 
     def advantages(bonus: float, sigma: float | None) -> torch.Tensor:
-        return group_rewards(scores, groups[:, 2], bonus_coef=bonus, bonus_min_length=40, sigma=sigma).advantages
+        return group_rewards(judged, groups[:, 2], bonus_coef=bonus, bonus_min_length=40, sigma=sigma).advantages
 
     plain, weighted = advantages(0, None), advantages(0, 1.8)
     acts, acts_weighted = advantages(.2, None) - plain, advantages(.2, 1.8) - weighted

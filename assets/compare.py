@@ -24,11 +24,10 @@ from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import TOY, drawn, label_of, markdown, mean, percent  # noqa: E402
+from train import TECHNICAL  # noqa: E402
 
-# Settings of training that change memory, speed and what is kept, not the steps (but by rounding).
-TECHNICAL = ("micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep", "tracker", "offload")
 # What runs of one setting may differ in; what was asked of an evaluation is told by its data.
-UNEQUAL = ("seed", "out", "resume", "model", "trained", "responses", "benchmark", "rows", *TECHNICAL)
+UNEQUAL = ("program", "seed", "out", "resume", "model", "trained", "responses", "benchmark", "rows", *TECHNICAL)
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,27 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in a folder that train.py or eval.py left: one, or one for each prompt style."""
     try:
         scores = json.loads((folder / "scores.json").read_text())
-        config = {} if "settings" in scores else json.loads((folder / "config.json").read_text())
+        settings = {} if "settings" in scores else json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
-    if not config:
+    if not settings:
         return evaluation_runs(folder, scores)
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [training_run(folder, config, scores, [json.loads(line) for line in lines])]
+    return [training_run(folder, settings, scores, [json.loads(line) for line in lines])]
 
 
-def training_run(folder: Path, config: dict, scores: dict, metrics: list[dict]) -> Run:
-    """One run of train.py, from what its config.json, scores.json and metrics.jsonl hold (metrics may be empty)."""
-    test = Path(config["test"])
-    label = "toy" if test.parts[-2:] == TOY.parts[-2:] else label_of(config["test"])
-    settings = {key: value for key, value in config.items() if key not in UNEQUAL or key == "model"}
+def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict]) -> Run:
+    """One run of train.py, from what its settings.json, scores.json and metrics.jsonl hold (metrics may be empty)."""
+    test = Path(kept["test"])
+    label = "toy" if test.parts[-2:] == TOY.parts[-2:] else label_of(kept["test"])
+    settings = {key: value for key, value in kept.items() if key not in UNEQUAL or key == "model"}
     beside = beside_of(scores["after"]["sampled"], "T=1")
     steps = [line for line in metrics if "reward" in line]
     if steps:
         seconds = sum(s["seconds_rollout"] + s["seconds_reward"] + s["seconds_update"] for s in steps)
         beside |= {"groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes": seconds / 60}
-    return Run(folder, str(config["seed"]), settings, columns_of(scores["after"], label),
+    return Run(folder, str(kept["seed"]), settings, columns_of(scores["after"], label),
                columns_of(scores["before"], label), beside)
 
 

@@ -276,6 +276,18 @@ PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, M
           ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01)))
 
 
+def with_responses(inputs: dict, responses: list[list[int]], pad_id: int) -> dict:
+    """The model's inputs of prompts, which are padded on the left -> each followed by its response, padded on the
+    right, and the labels: the responses' tokens alone."""
+    ids = [torch.tensor(response) for response in responses]
+    tail = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)  # [B, longest response]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(response) for response in ids], batch_first=True)
+    after = {"input_ids": tail, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(tail, dtype=torch.int)}
+    joined = {name: torch.cat([inputs[name], more], dim=1) for name, more in after.items()}
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), tail.masked_fill(mask == 0, -100)], dim=1)
+    return inputs | joined | {"labels": labels}
+
+
 def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int = 48, lr: float = 1e-3) -> None:
     """One phase of supervised training on freshly written responses, with an optimizer of its own."""
     show, steps, manner = PHASES[phase]
@@ -297,13 +309,10 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
                 text = observation(record.meta["rows"])
             prompts.append(processor.encode(record, style))
             responses.append(processor.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids)
-        inputs = processor.collate(prompts, responses)
-        labels = inputs["input_ids"].clone()
-        labels[:, :-max(map(len, responses))] = -100
-        labels[inputs["attention_mask"] == 0] = -100
+        inputs = with_responses(processor.collate(prompts), responses, processor.pad_id)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 30) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-        loss = model(**inputs, labels=labels).loss
+        loss = model(**inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

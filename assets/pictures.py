@@ -19,15 +19,7 @@ from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from curriculum import (  # noqa: E402
-    LEVELS,
-    MIXING,
-    PAPER_COMPLEXITY,
-    PAPER_SHARES,
-    level_complexity,
-    level_of,
-    stage_table,
-)
+from curriculum import LEVELS, MIXING, PAPER_COMPLEXITY, PAPER_SHARES, level_of, stage_table  # noqa: E402
 from data import Record, load_records, open_image  # noqa: E402
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -36,13 +28,13 @@ from data import Record, load_records, open_image  # noqa: E402
 def read_strip(run: Path) -> tuple[list[dict], dict[str, Record]]:
     """What plot_strip takes, from a run's folder. ValueError: it has not answered held-out problems twice."""
     try:
-        test = json.loads((run / "config.json").read_text())["test"]
+        test = json.loads((run / "settings.json").read_text())["test"]
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{run}: no run of train.py: {error}") from error
     if sum(bool(line.get("shown")) for line in metrics) < 2:
         raise ValueError(f"{run}: it did not answer held-out problems twice; a run with --test does, at its ends")
-    # config.json names what lies in the repository by its place there; all else as it was given.
+    # settings.json names what lies in the repository by its place there; all else as it was given.
     test = test if Path(test).exists() else str(ROOT / test)
     return metrics, {record.id: record for record in load_records(test)}
 
@@ -85,13 +77,19 @@ def plot_ladder(ladder: list[Record], path: Path) -> None:
     figure = Figure(figsize=(16, 9), layout="constrained")
     axes = figure.subplot_mosaic([["shares"] * 4 + ["mixing"] * (LEVELS - 4), [str(level) for level in range(LEVELS)]],
                                  height_ratios=[5, 3])
-    plot_shares(axes["shares"], table, level_complexity(ladder))
+    plot_shares(axes["shares"], table, complexity_of(ladder))
     plot_mixing(axes["mixing"], table)
     for level in range(LEVELS):
         show_example(axes[str(level)], [r for r in ladder if level_of(r) == level and r.images], NAMES[level])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         figure.savefig(path, dpi=100)
+
+
+def complexity_of(ladder: list[Record]) -> np.ndarray:
+    """[L] mean complexity of each level, in tokens; nan where there is no problem."""
+    levels = [[r.complexity for r in ladder if level_of(r) == level] for level in range(LEVELS)]
+    return np.array([np.mean(level) if level else np.nan for level in levels])
 
 
 def plot_shares(axis: Axes, table: np.ndarray, complexity: np.ndarray) -> None:

@@ -39,7 +39,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LogitsProcesso
 import rollout
 import train
 from data import PROMPTS, Processor, Record
-from rewards import Rewards
+from rewards import Response, Rewards
+from rollout import Group, Policy
 from train import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,7 @@ def forced(lengths: dict[str, list[int]], stops: list[int]):
         token = real[1](logp.index_fill(-1, ids, -torch.inf), uniform.clamp(max=1))
         return torch.where(uniform[:, 0] > 1, stops[0], token)
 
-    on_device = torch.tensor(stops, device=rollout.best_device())  # (a captured step copies nothing from the host)
+    on_device = torch.tensor(stops, device=rollout.claim_device())  # (a captured step copies nothing from the host)
     rollout.uniforms, rollout.draw = uniforms, draw
     try:
         yield
@@ -102,7 +103,7 @@ class Bench:
     def __init__(self, size: str, group: int = 8, visual: int | None = None, mean: int | None = None,
                  prompts: int | None = None, seed: int = 0):
         setting = SIZES[size]
-        self.device, self.group = rollout.best_device(), group
+        self.device, self.group = rollout.claim_device(), group
         visual, mean = visual or setting["visual"], mean or setting["mean"]
         rng = np.random.default_rng(seed)
         height = next(h for h in range(int(visual**.5), 0, -1) if visual % h == 0)
@@ -120,12 +121,12 @@ class Bench:
         self.lengths = drawn.round().astype(int).clip(2, self.max_tokens).tolist()
         torch.manual_seed(seed)
         attention = {"": "sdpa", "text_config": "grouped", "vision_config": best_attention()}  # as load_policy has it
-        self.model = self.policy = self.build(setting, attention, torch.float32)
+        self.model = self.sampler = self.build(setting, attention, torch.float32)
         if self.device.type == "cuda":  # what samples is a bf16 copy, as in training
-            self.policy = self.build(setting, attention, torch.bfloat16)
-            train.refresh(self.policy, self.model)
+            self.sampler = self.build(setting, attention, torch.bfloat16)
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
+        rollout.copy_weights(self.policy(self.optimizer))
         self.cfg = Config(group_size=group, prompts_per_rollout=len(self.records), updates_per_rollout=1,
                           max_response_tokens=self.max_tokens,
                           micro_tokens=16384 if self.device.type == "cuda" else 4096)
@@ -141,6 +142,9 @@ class Bench:
         with self.device:
             return AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=dtype)
 
+    def policy(self, optimizer: torch.optim.Optimizer) -> Policy:
+        return Policy(self.model, self.sampler, None, optimizer, self.processor)
+
     @property
     def flat(self) -> list[int]:
         return [n for group in self.lengths for n in group]
@@ -151,37 +155,38 @@ class Bench:
         longest = max(len(p.ids) for p in self.prompts) + max(self.flat)
         return 1 << (max(1, self.cfg.micro_tokens // longest).bit_length() - 1)
 
-    def ours_rollout(self) -> list[rollout.Group]:
+    def ours_rollout(self) -> list[Group]:
         with forced({r.id: n for r, n in zip(self.records, self.lengths)}, self.stops):
-            return rollout.sample_groups(self.policy, self.processor, self.records, self.prompts, samples=self.group,
+            return rollout.sample_groups(self.sampler, self.processor, self.records, self.prompts, samples=self.group,
                                          temperature=1.0, max_tokens=self.max_tokens, seed=0, max_rows=4096)
 
     def plain_rollout(self) -> list[list[int]]:
-        tokens, _ = plain_rollout(self.policy, self.processor, self.prompts, samples=self.group, temperature=1.0,
+        tokens, _ = plain_rollout(self.sampler, self.processor, self.prompts, samples=self.group, temperature=1.0,
                                   max_tokens=self.max_tokens, scores=False,
                                   logits_processor=LogitsProcessorList([Lengths(self.flat, self.stops)]))
         return [row[:n] for row, n in zip(tokens.tolist(), self.flat)]
 
-    def ours_score(self, groups: list[rollout.Group]) -> None:
+    def ours_score(self, groups: list[Group]) -> None:
         """Score and backward of one update, by train.update itself, with an optimizer that does nothing."""
-        train.update(self.model, None, self.processor, Nothing(self.model.parameters(), lr=0.0), groups,
-                     self.rewards(len(groups)), [0.0], self.cfg)
+        self.update(groups, Nothing(self.model.parameters(), lr=0.0), lr=0.0)
 
     def ours_step(self) -> None:
-        train.refresh(self.policy, self.model)
-        groups = self.ours_rollout()
-        train.update(self.model, None, self.processor, self.optimizer, groups, self.rewards(len(groups)), [1e-6],
-                     self.cfg)
+        rollout.copy_weights(self.policy(self.optimizer))
+        self.update(self.ours_rollout(), self.optimizer, lr=1e-6)
 
-    def rewards(self, prompts: int) -> Rewards:
-        zeros = torch.zeros(prompts, self.group)
+    def update(self, groups: list[Group], optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """With advantages made up, for all groups."""
+        prompts, zeros = len(groups), torch.zeros(len(groups), self.group)
+        responses = [[Response(None, 0, 0, None, tokens=len(s.ids), truncated=s.truncated) for s in g.samples]
+                     for g in groups]
         advantages = torch.randn(prompts, self.group, generator=torch.Generator().manual_seed(0))
-        return Rewards(zeros, zeros, zeros, zeros, torch.ones(prompts), advantages,
-                       torch.ones(prompts, dtype=torch.bool), zeros, [[None] * self.group] * prompts)
+        rewards = Rewards(zeros, zeros, zeros, zeros, torch.ones(prompts), advantages,
+                          torch.ones(prompts, dtype=torch.bool), zeros)
+        train.update(self.policy(optimizer), groups, responses, rewards, [lr], self.cfg)
 
-    def plain_score(self, groups: list[rollout.Group]) -> None:
+    def plain_score(self, groups: list[Group]) -> None:
         """The same loss on padded rows, as many at a time as the budget of tokens holds."""
-        rows = [(g.prompt, r) for g in groups for r in g.responses]
+        rows = [(g.prompt, s.ids) for g in groups for s in g.samples]
         rows.sort(key=lambda row: len(row[0].ids) + len(row[1]), reverse=True)
         many = self.padded_rows
         self.model.train()
@@ -303,8 +308,8 @@ def time_of(work) -> float:
 
 def floor_seconds(bench: Bench, rate: float) -> float:
     """What decoding cannot beat: weights and the live rows' cache, read once for each step."""
-    config, size = bench.policy.config.text_config, next(bench.policy.parameters()).element_size()
-    weights = sum(p.numel() for p in bench.policy.model.language_model.parameters()) * size  # (tied with the head)
+    config, size = bench.sampler.config.text_config, next(bench.sampler.parameters()).element_size()
+    weights = sum(p.numel() for p in bench.sampler.model.language_model.parameters()) * size  # (tied with the head)
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * (
         config.hidden_size // config.num_attention_heads) * size
     prompts = [len(p.ids) for p in bench.prompts for _ in range(bench.group)]
@@ -317,7 +322,7 @@ def floor_seconds(bench: Bench, rate: float) -> float:
 def compare(size: str, repeats: int) -> dict:
     bench = Bench(size)
     groups = bench.ours_rollout()
-    assert [len(r) for g in groups for r in g.responses] == bench.flat == [len(r) for r in bench.plain_rollout()]
+    assert [len(s.ids) for g in groups for s in g.samples] == bench.flat == [len(r) for r in bench.plain_rollout()]
     times: dict[str, list[float]] = defaultdict(list)
     ways = {"rollout, ours": bench.ours_rollout, "rollout, plain": bench.plain_rollout,
             "score + backward, ours": lambda: bench.ours_score(groups),
@@ -383,7 +388,7 @@ def compare(size: str, repeats: int) -> dict:
 
 def decode_nothing(bench: Bench) -> None:
     """The prefill, and one token."""
-    rollout.sample_groups(bench.policy, bench.processor, bench.records, bench.prompts, samples=bench.group,
+    rollout.sample_groups(bench.sampler, bench.processor, bench.records, bench.prompts, samples=bench.group,
                           temperature=1.0, max_tokens=1, seed=0, max_rows=4096)
 
 

@@ -1,5 +1,6 @@
 """What the tests share: the built-in world, loaded once."""
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,13 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import logging  # noqa: E402
+from transformers import logging as hf_logging  # noqa: E402
 
 import train  # noqa: E402
 from data import Processor, Record, load_records, save_records  # noqa: E402
 from rollout import load_policy  # noqa: E402
 
-logging.set_verbosity_error()
+hf_logging.set_verbosity_error()
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # (4 lines for each weight that is saved)
 TOY = ROOT / "assets" / "toy"
 
 
@@ -90,6 +92,7 @@ def stopped_run(small, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(train, "update", stop_there)
             train.main([*small, "--out", str(tmp_path / "run")])
+        (tmp_path / "run/lock").open().close()  # lets go of the lock, as the end of a process does
         return tmp_path / "run"
 
     return start

@@ -11,6 +11,23 @@ from data import Processor, Prompt
 from rollout import autocast, generation_config, log_distribution
 
 
+def pad(processor: Processor, prompts: list[Prompt], responses: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Prompts, padded on the left, each followed by its response, padded on the right -> the model's inputs."""
+    before, after = (max(map(len, part)) for part in ([p.ids for p in prompts], responses))
+    ids = torch.full((len(prompts), before + after), processor.pad_id)
+    mask = torch.zeros_like(ids)
+    for n, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        place = slice(before - len(prompt.ids), before + len(response))
+        ids[n, place] = torch.cat([prompt.ids, torch.tensor(response, dtype=torch.long)])
+        mask[n, place] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == processor.image_id).int()}
+    pictured = [p for p in prompts if p.pixels is not None]
+    if pictured:
+        inputs |= {"pixel_values": torch.cat([p.pixels for p in pictured]),
+                   "image_grid_thw": torch.cat([p.grid for p in pictured])}
+    return inputs
+
+
 @torch.no_grad()
 def plain_rollout(model: PreTrainedModel, processor: Processor, prompts: list[Prompt], *, samples: int,
                   temperature: float, max_tokens: int, scores: bool = True,
@@ -19,7 +36,8 @@ def plain_rollout(model: PreTrainedModel, processor: Processor, prompts: list[Pr
 
     scores=False: no log-probs, for the loop keeps all logits to make them.
     """
-    inputs = processor.collate([p for p in prompts for _ in range(samples)])
+    repeated = [p for p in prompts for _ in range(samples)]
+    inputs = pad(processor, repeated, [[]] * len(repeated))
     model.model.rope_deltas = None
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     with autocast(model):
@@ -34,7 +52,7 @@ def plain_logprobs(model: PreTrainedModel, processor: Processor, prompts: list[P
                    temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """N prompts, each followed by its response -> log-probs and mask, each [N, T]."""
     lengths = torch.tensor([len(r) for r in responses], device=model.device)
-    inputs = {k: v.to(model.device) for k, v in processor.collate(prompts, responses).items()}
+    inputs = {k: v.to(model.device) for k, v in pad(processor, prompts, responses).items()}
     steps = int(lengths.max())
     model.model.rope_deltas = None
     with autocast(model):

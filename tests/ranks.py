@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +20,9 @@ from transformers import logging  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 from data import Processor, Record, load_records  # noqa: E402
-from eval import place  # noqa: E402
-from rewards import Rewards  # noqa: E402
-from rollout import Group, load_policy, sample_groups  # noqa: E402
+from eval import read_json  # noqa: E402
+from rewards import Response, Rewards  # noqa: E402
+from rollout import Group, Policy, Sample, full_tensor, load_policy, rank_and_world, sample_groups  # noqa: E402
 
 plain_autocast = rollout.autocast
 TOY = ROOT / "assets" / "toy"
@@ -41,7 +40,7 @@ SCENARIOS: dict[str, dict] = {
     "offload": dict(offload=True)}
 
 
-def made_up(name: str, processor: Processor) -> tuple[list[Group], Rewards]:
+def made_up(name: str, processor: Processor) -> tuple[list[Group], list[list[Response]], Rewards]:
     """Six groups of four responses, of 1 to 40 tokens; the same on every rank."""
     records = load_records(str(TOY / "test.parquet"), limit=6)
     if name == "text":
@@ -51,60 +50,76 @@ def made_up(name: str, processor: Processor) -> tuple[list[Group], Rewards]:
     records = records[:1] if name == "one" else records
     prompts = [processor.encode(r, "observe") for r in records]
     rng = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 41, (len(records), 4), generator=rng)
+    lengths = torch.randint(1, 41, (len(records), 4), generator=rng).tolist()
     words = torch.tensor(processor.tokenizer("one of red and blue is 3, 5 or 12 <answer>").input_ids)
-    groups = [Group(r, p, [words[torch.randint(len(words), (n,), generator=rng)].tolist() for n in row], [""] * 4,
-                    [n == 40 or g == 1 for g, n in enumerate(row)], [torch.zeros(n) for n in row])
-              for r, p, row in zip(records, prompts, lengths.tolist())]
+    groups = [Group(record, prompt, [Sample("", words[torch.randint(len(words), (n,), generator=rng)].tolist(),
+                                            n == 40 or g == 1, torch.zeros(n)) for g, n in enumerate(row)])
+              for record, prompt, row in zip(records, prompts, lengths)]
+    responses = [[Response(None, 0, 0, None, tokens=len(s.ids), truncated=s.truncated) for s in group.samples]
+                 for group in groups]
     signal = torch.ones(len(records), dtype=torch.bool)
     signal[1:2] = False  # of rank 1, in the first update
     if name == "silent":
         signal[:] = False
     advantages = torch.randn(len(records), 4, generator=rng) * signal[:, None]
     nothing = torch.zeros(len(records), 4)
-    return groups, Rewards(nothing, nothing, nothing, nothing, torch.ones(len(records)), advantages, signal, nothing,
-                           [[None] * 4] * len(records))
+    return groups, responses, Rewards(nothing, nothing, nothing, nothing, torch.ones(len(records)), advantages, signal,
+                                      nothing)
 
 
-def load(name: str, source: str) -> tuple:
+def load(name: str, source: str) -> tuple[train.Config, Policy]:
     """Settings and models, as train.main has them."""
     cfg = train.Config(**BASE | SCENARIOS[name])
-    device = train.join_processes(cfg)
+    device = rollout.start_processes(cfg.offload)
     if name == "half":
-        train.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(
+        rollout.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
-    model, reference, sampler, optimizer = train.load_models(cfg, source, device)
-    train.MixedPrecisionPolicy = MixedPrecisionPolicy
+    policy = rollout.load_trainer(source, Processor(str(TOY / "model")), device, lr=cfg.lr, offload=cfg.offload,
+                                  reference=source if cfg.kl_coef else None, freeze_vision=cfg.freeze_vision,
+                                  gradient_checkpointing=cfg.gradient_checkpointing)
+    rollout.MixedPrecisionPolicy = MixedPrecisionPolicy
     if name == "half":
-        sampler = load_policy(source, dtype=torch.bfloat16)
-    if reference is not None:
+        policy.sampler = load_policy(source, dtype=torch.bfloat16)
+    if policy.reference is not None:
         with torch.no_grad():
-            reference.lm_head.weight.mul_(1.01)  # else the KL is 0
-    return cfg, model, reference, sampler, optimizer
+            policy.reference.lm_head.weight.mul_(1.01)  # else the KL is 0
+    return cfg, policy
+
+
+def state_of(policy: Policy) -> dict:
+    """Weights and moments, gathered."""
+    named = dict(policy.model.named_parameters())
+    return {"weights": {n: full_tensor(p.detach()).clone() for n, p in named.items()},
+            "moments": {f"{kind} {n}": full_tensor(value).clone() for n, p in named.items()
+                        for kind, value in policy.optimizer.state.get(p, {}).items()}}
+
+
+def saved(path: Path, name: str = "token") -> dict:
+    """The outcome of a scenario, as its checkpoint has it."""
+    _, policy = load(name, str(path))
+    state = read_json(path / "trainer/state.json")
+    train.load_moments(path, policy, state["steps"])
+    return state | state_of(policy)
 
 
 def run(name: str, folder: Path | None = None, source: str = "", lrs=(1e-4, 2e-4, 1e-4)) -> dict:
     """Updates from `source`, a checkpoint (else from the shipped model) -> what came of it, weights gathered."""
-    processor = Processor(str(TOY / "model"))
-    cfg, model, reference, sampler, optimizer = load(name, source or str(TOY / "model"))
+    cfg, policy = load(name, source or str(TOY / "model"))
     if source:
-        train.load_optimizer(Path(source), model, optimizer)
-    (rank, world), (groups, rewards) = place(), made_up(name, processor)
-    own = [g if p % world == rank else replace(g, prompt=None, logprobs=None) for p, g in enumerate(groups)]
-    stats = train.update(model, reference, processor, optimizer, own, rewards, list(lrs), cfg) if lrs else {}
-    train.refresh(sampler, model)
-    weights = {n: train.whole(p.detach()).clone() for n, p in model.named_parameters()}
-    copies = dict(sampler.named_parameters())
-    assert all(torch.equal(weights[n].to(p.dtype), p) for n, p in copies.items()), "the replica is the policy"
-    sampled = sample_groups(sampler, processor, [groups[0].record], [groups[0].prompt], samples=2, temperature=1.0,
-                            max_tokens=20, seed=0)[0].responses
-    moments = {f"{kind} {n}": train.whole(value).clone() for n, p in model.named_parameters()
-               for kind, value in optimizer.state.get(p, {}).items()}
+        train.load_moments(Path(source), policy, read_json(Path(source) / "trainer/state.json")["steps"])
+    (rank, world), (groups, responses, rewards) = rank_and_world(), made_up(name, policy.processor)
+    stats = train.update(policy, groups[rank::world], responses, rewards, list(lrs), cfg) if lrs else {}
+    rollout.copy_weights(policy)
+    state, copies = state_of(policy), dict(policy.sampler.named_parameters())
+    assert all(torch.equal(state["weights"][n].to(p.dtype), p) for n, p in copies.items()), "the replica is the policy"
+    [group] = sample_groups(policy.sampler, policy.processor, [groups[0].record], [groups[0].prompt], samples=2,
+                            temperature=1.0, max_tokens=20, seed=0)
+    outcome = {"stats": stats, "sampled": [s.ids for s in group.samples]}
     rollout.autocast = plain_autocast
     if folder:
-        train.save_checkpoint(folder, 0, model, sampler, processor, optimizer, {"stats": stats, "sampled": sampled})
-    return {"weights": weights, "moments": moments, "stats": stats, "sampled": sampled}
+        train.save_checkpoint(folder, 0, policy, outcome)
+    return outcome | state
 
 
 if __name__ == "__main__":
@@ -127,8 +142,8 @@ if __name__ == "__main__":
     for name in names if names != ["die"] else ():
         run(name, out / name)
     if "token" in names:  # and on from its checkpoint, by no step and by one
-        saved = str(out / "token/checkpoint-000000")
-        run("token", out / "restored", saved, lrs=())
-        run("token", out / "resumed", saved, lrs=(1e-4,))
+        source = str(out / "token/checkpoint-000000")
+        run("token", out / "restored", source, lrs=())
+        run("token", out / "resumed", source, lrs=(1e-4,))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -81,6 +81,7 @@ def test_a_stopped_run_is_not_kept(elsewhere, monkeypatch):
     assert not (elsewhere / "kept").exists()
 
 
+@pytest.mark.run
 def test_a_finished_run_is_kept_as_it_is_and_not_done_again(elsewhere, finished_run, monkeypatch):
     """What the tables take from the Parquet file must be what they would take from the folder."""
     shutil.copytree(finished_run, elsewhere / "out/Observe-R1-seed3")
@@ -92,12 +93,16 @@ def test_a_finished_run_is_kept_as_it_is_and_not_done_again(elsewhere, finished_
     assert (kept.seed, kept.settings, kept.problems, kept.before) == (
         direct.seed, direct.settings, direct.problems, direct.before)
     assert kept.beside == pytest.approx(direct.beside, rel=1e-5) and "minutes" in kept.beside
+    settings = json.loads(record["settings"])
+    assert settings.pop("program") == "train.py"  # (which the kept runs, older ones, do not say)
+    assert ablations.as_run(record | {"settings": json.dumps(settings)}).settings == direct.settings
     on_the_way = [a for a in record["answers"] if 0 < a["step"] < record["steps"][-1]["step"]]
     difficulty = {r.id: r.difficulty for r in load_records(str(TOY / "test.parquet"))}
     assert len(on_the_way) == 4 and all(a["difficulty"] == difficulty[a["problem"]] for a in on_the_way)
     logged = [json.loads(line) for line in (finished_run / "responses.jsonl").read_text().splitlines()]
-    assert [group["tokens"] for group in record["groups"]] == [
-        [r["tokens"] for r in line["responses"]] for line in logged]
+    assert [len(group["tokens"]) for group in record["groups"]] == [2] * (2 * len(record["steps"])), "two a rollout"
+    for name in ("accuracy", "format", "tokens"):
+        assert [value for group in record["groups"] for value in group[name]] == [line[name] for line in logged]
     monkeypatch.setattr(ablations, "ROWS", {"Observe-R1": ""})
     monkeypatch.setattr(ablations, "train", lambda row, seed, threads: pytest.fail(f"{row} {seed}") if seed == 3 else (
         shutil.copytree(finished_run, ablations.OUT / ablations.name_of(row, seed)) and (row, seed)))
@@ -108,6 +113,7 @@ def test_a_finished_run_is_kept_as_it_is_and_not_done_again(elsewhere, finished_
         ablations.load_runs(5)
 
 
+@pytest.mark.run
 def test_a_row_is_made_anew_when_its_runs_are_forgotten(elsewhere, finished_run):
     """A run of it that is still in out/ablations would be taken for a new one."""
     for row in ("Observe-R1", "Observe-R1 random"):
@@ -120,6 +126,7 @@ def test_a_row_is_made_anew_when_its_runs_are_forgotten(elsewhere, finished_run)
         "Observe-R1-random-seed3", "Observe-R1-random-seed3.log"]
 
 
+@pytest.mark.run
 def test_runs_of_unlike_columns_lie_in_one_file(elsewhere, finished_run):
     """Random order has no stages, the think prompt no observation, and a later train.py may log something new."""
     shutil.copytree(finished_run, elsewhere / "out/Observe-R1-seed3")
@@ -139,6 +146,7 @@ def test_runs_of_unlike_columns_lie_in_one_file(elsewhere, finished_run):
     assert ablations.as_run(one).problems == ablations.as_run(other).problems
 
 
+@pytest.mark.run
 def test_weight_and_bonus_act_where_the_method_says(runs):
     """On groups that the runs sampled: (d (1 - d))^0.5 and ^1.5; weighted, no bonus where all or none are right."""
     text = ablations.mechanisms(runs)
@@ -149,6 +157,7 @@ def test_weight_and_bonus_act_where_the_method_says(runs):
     assert acts[0] == acts[8] == 0 < acts[1] < min(acts[2:8])
 
 
+@pytest.mark.run
 def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
     """A table is not to outlive the runs that it was made of (intervals are drawn, which numpy may do otherwise).
     One command makes them all, and runs nothing."""

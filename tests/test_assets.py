@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import compare
+import make_toy
 import numpy as np
 import pictures
 import pytest
 from conftest import TOY
 from PIL import Image
 
-from data import Record
+from data import Processor, Record
 from train import Config
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -55,9 +56,9 @@ def test_the_noise_of_responses_is_counted_once():
 def trained(folder: Path, sigma: float, seed: int, after: list[int]) -> Path:
     """What train.py leaves of a run."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"test": "x/held.parquet", "sigma": sigma, "seed": seed,
-                                                    "out": str(folder), "resume": False, "model": "m",
-                                                    "rollout_rows": 8 * (1 + seed)}))  # (makes no other setting)
+    (folder / "settings.json").write_text(json.dumps({"program": "train.py", "test": "x/held.parquet", "sigma": sigma,
+                                                      "seed": seed, "out": str(folder), "resume": False, "model": "m",
+                                                      "rollout_rows": 8 * (1 + seed)}))  # (makes no other setting)
 
     def end(right: list[int]) -> dict:
         return {"accuracy": sum(right) / len(right), "by_problem": {str(i): float(r) for i, r in enumerate(right)},
@@ -104,18 +105,19 @@ def evaluation(folder: Path, benchmarks: str, trained: dict | None = None) -> Pa
     scores = [{"benchmark": name, "prompt": "none", "sampling": "greedy", "by_problem": {"1": 1.0, "2": 0.0, "3": 0.0},
                "drawn_with": {"1": "one", "2": "one"}} for name in benchmarks]
     (folder / "scores.json").write_text(json.dumps({"scores": scores, "settings": {
-        "trained": trained, "model": "m", "responses": None, "seed": 0}}))
+        "program": "eval.py", "trained": trained, "model": "m", "responses": None, "seed": 0}}))
     return folder
 
 
 def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_training(tmp_path, capsys):
     runs = [evaluation(tmp_path / "base", "a")] + [
-        evaluation(tmp_path / f"{sigma}{seed}", "a", {"sigma": sigma, "lr": 1e-6, "seed": seed, "model": "m"})
+        evaluation(tmp_path / f"{sigma}{seed}", "a", {"program": "train.py", "sigma": sigma, "lr": 1e-6,
+                                                           "seed": seed, "model": "m"})
         for sigma in (0, 1) for seed in (0, 1)]
     compare.main([*map(str, runs), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "| model m, trained with sigma - " in printed and "trained with sigma 1 | 2 " in printed
-    assert "trained with lr" not in printed
+    assert "trained with lr" not in printed and "program" not in printed
 
 
 def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
@@ -129,8 +131,10 @@ def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
 
 
 def test_technical_settings_are_settings():
-    """One misspelt would make of every value of it another setting."""
+    """One misspelt, or not marked as technical, would make of every value of it another setting."""
     assert set(compare.TECHNICAL) < asdict(Config()).keys()
+    assert set(compare.TECHNICAL) == {"micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
+                                      "tracker", "offload"}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def is_png(path: Path) -> bool:
 def answered(folder: Path, test: str, *steps: list[bool]) -> Path:
     """What train.py leaves of a run that answered the first two problems of the test set at some steps."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"test": test}))
+    (folder / "settings.json").write_text(json.dumps({"program": "train.py", "test": test}))
     lines = [{"step": 1, "reward": 1.0}] + [
         {"step": i, "eval": {}, "shown": [{"id": f"test-{n:04d}", "text": f"<answer>${n} is {r}</answer>", "right": r}
                                           for n, r in enumerate(right)]} for i, right in enumerate(steps)]
@@ -154,7 +158,7 @@ def answered(folder: Path, test: str, *steps: list[bool]) -> Path:
 def test_a_strip_is_drawn_from_a_run_s_own_files(tmp_path, monkeypatch, capsys):
     """From any folder, and with a lone $, which matplotlib takes for mathematics."""
     monkeypatch.chdir(tmp_path)
-    test = "assets/toy/test.parquet"  # as config.json names what lies in the repository
+    test = "assets/toy/test.parquet"  # as settings.json names what lies in the repository
     for name, steps in (("two", ([False, False], [False, True])), ("three", ([True, False],) * 3)):
         run = answered(tmp_path / name, test, *steps)
         pictures.main(["strip", str(run)])
@@ -176,6 +180,7 @@ def test_the_strip_shows_a_problem_that_was_learned(tmp_path, monkeypatch):
         assert chosen.pop() == wanted
 
 
+@pytest.mark.run
 def test_a_ladder_is_drawn_beside_it(tmp_path, monkeypatch):
     """Not over a ladder.png of the current folder."""
     shutil.copytree(TOY / "ladder", tmp_path / "a", ignore=shutil.ignore_patterns("*.png"))
@@ -198,3 +203,33 @@ def test_a_ladder_is_drawn_with_empty_levels_and_stray_dollars(tmp_path, test_se
               Record("text", "?", "1", difficulty=.125, complexity=8.0, stage=0)]
     pictures.plot_ladder(ladder, tmp_path / "ladder.png")
     assert is_png(tmp_path / "ladder.png")
+
+
+# --- the built-in world -----------------------------------------------------------------------------------------------
+
+
+def test_the_cold_start_learns_the_responses_and_nothing_else(processor: Processor, shipped, test_set):
+    """Labels on a prompt or on padding would teach the model to write questions; a row is what it is by itself."""
+    prompts = [processor.encode(record, style) for record, style in zip(test_set, ("observe", "none", "think"))]
+    responses = [processor.tokenizer(text).input_ids for text in ("<answer> 8</answer>", " 1", "<think> 3, 5</think>")]
+    inputs = make_toy.with_responses(processor.collate(prompts), responses, processor.pad_id)
+    width = max(len(prompt.ids) for prompt in prompts)
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        seen = inputs["attention_mask"][row].bool()
+        assert inputs["input_ids"][row][seen].tolist() == [*prompt.ids.tolist(), *response]
+        assert inputs["labels"][row][inputs["labels"][row] != -100].tolist() == response
+        assert inputs["labels"][row, width:width + len(response)].tolist() == response, "all begin in one column"
+        assert (inputs["mm_token_type_ids"][row] == (inputs["input_ids"][row] == processor.image_id)).all()
+    alone = [make_toy.with_responses(processor.collate([p]), [r], processor.pad_id) for p, r in zip(prompts, responses)]
+    tokens = [len(response) for response in responses]
+    each = [shipped(**row).loss.item() for row in alone]
+    assert shipped(**inputs).loss.item() == pytest.approx(np.average(each, weights=tokens), rel=1e-4)
+
+
+def test_the_test_set_is_as_the_builder_leaves_it(test_set):
+    """Its rollouts are of the one schema, and what they say is what its difficulties were counted from."""
+    for record in test_set:
+        rollouts = record.meta["rollouts"]
+        assert all(rollout.keys() == {"answer", "accuracy", "tokens"} for rollout in rollouts) and len(rollouts) == 8
+        assert record.difficulty == 1 - np.mean([rollout["accuracy"] for rollout in rollouts])
+        assert record.complexity == np.mean([rollout["tokens"] for rollout in rollouts])

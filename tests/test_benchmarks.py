@@ -14,15 +14,12 @@ from conftest import TOY
 from test_sources import PICTURE, hub_file, mathvision_row, mathvista_row, png, wemath_row
 
 import eval
-from data import Dropped, Record, save_records
+from data import DOMAINS, Dropped, Record, save_records
 from eval import (
-    DOMAINS,
     Job,
     Result,
-    Sample,
     given,
     interval,
-    judge,
     majority_right,
     pass_at,
     prepare,
@@ -33,7 +30,7 @@ from eval import (
     summarize,
     vote,
 )
-from rewards import answer_matches
+from rewards import Response, answer_matches, score
 
 
 def answered(benchmark: str, path: str, *answers: str | list[str]) -> list[Result]:
@@ -41,7 +38,7 @@ def answered(benchmark: str, path: str, *answers: str | list[str]) -> list[Resul
     _, rows = read_benchmark(f"{benchmark}={path}", None)
     assert len(rows) == len(answers)
     return [Result(row, [] if isinstance(row, Dropped) else [
-        judge(text if "<" in text else f"<answer>{text}</answer>", row, "none")
+        score(text if "<" in text else f"<answer>{text}</answer>", row, "none")
         for text in ([some] if isinstance(some, str) else some)]) for row, some in zip(rows, answers)]
 
 
@@ -98,6 +95,7 @@ def test_mathverse_by_hand(tmp_path):
     scores = scores_of("mathverse", results)
     assert accuracies(scores, "version") == {"Text Dominant": (3, .6667), "Vision Only": (1, 0)}
     assert scores["mean_over_parts"]["accuracy"] == pytest.approx((2 / 3 + 0) / 2) and scores["accuracy"] == .5
+    assert scores["mean_over_parts"]["kind"] == "version" and scores["mean_over_parts"]["parts"] == 2
     assert [r.problem for r in results] == ["1", "1", "2", "3"]
 
 
@@ -156,8 +154,8 @@ def test_mmstar_by_hand(tmp_path):
 
 def result(name: str, *answers: str | None, gold: str = "3", **meta) -> Result:
     record = Record(name, "?", gold, meta=meta)
-    return Result(record, [Sample("", a, a is not None and answer_matches(a, record), 1.0, None, 5, False)
-                           for a in answers])
+    return Result(record, [Response(a, float(a is not None and answer_matches(a, record)), 1.0, None, tokens=5,
+                                    truncated=False) for a in answers])
 
 
 def test_avg_maj_and_pass_at_k_by_hand():
@@ -190,7 +188,7 @@ def test_intervals_draw_problems_and_not_samples():
     low, high = interval([once])
     assert high - low == pytest.approx(2 * 1.96 * .5 / 20, rel=.1) and low < right.mean() < high
     assert interval([once]) == [low, high], "seeded"
-    four = [result(r.record.id, *[r.samples[0].answer] * 4) for r in once]
+    four = [result(r.record.id, *[r.responses[0].answer] * 4) for r in once]
     assert interval([four]) == [low, high]
     versions = [result(f"{i}{v}", "3" if r else "1", problem_index=f"{i:03}") for i, r in enumerate(right)
                 for v in "abcd"]
@@ -218,7 +216,7 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
                  {"id": "3", "response": ["", "\\boxed{3}"]})
     _, rows = read_benchmark(f"mathvista={vista}", None)
     results = given(Job("mathvista", "none", "given", 0, 0), rows, path, None)
-    assert [[s.correct for s in r.samples] for r in results] == [[1, 0], [1, 0], [0, 1], [0, 0]]
+    assert [[s.accuracy for s in r.responses] for r in results] == [[1, 0], [1, 0], [0, 1], [0, 0]]
     assert "1 of 4 problems have no response and count as wrong: mathvista-4" in capsys.readouterr().err
     scores = scores_of("mathvista", results)
     assert scores["accuracy"] == 3 / 8 and scores["unreadable"] == 4 / 8 and scores["length"] is None
@@ -260,9 +258,9 @@ def test_scoring_leaves_all_files_and_is_refused_for_other_data(command, tmp_pat
     [scores] = json.loads((out / "scores.json").read_text())["scores"]
     assert scores["accuracy"] == .25 and scores["by_problem"]["mathvista-3"] == 1
     found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["answer"], r["gold"], r["right"]) for r in found[1:3]] == [
-        ("mathvista-2", "2", "3", False), ("mathvista-3", "3", "3", True)]
-    assert "testmini-x.parquet#0/2/decoded_image" in found[2]["images"][0]
+    assert [(r["id"], r["answer"], r["gold"], r["accuracy"]) for r in found[1:3]] == [
+        ("mathvista-2", "2", "3", 0.0), ("mathvista-3", "3", "3", 1.0)]
+    assert "testmini-x.parquet#2/decoded_image" in found[2]["images"][0]
     page = (out / "responses.html").read_text()
     assert page.count('<pre class="right">') == 1 and page.count('<pre class="wrong">') == 3 and "unreadable" in page
     table = (out / "vlmevalkit" / "mathvista-observe-given.tsv").read_text().splitlines()

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from data import Picture, Record, check_prompts, load_records, open_image, save_records
+from data import Picture, Record, check_records, load_records, open_image, save_records
 
 
 def png(color="red", size=(8, 6), mode="RGB") -> bytes:
@@ -482,16 +482,24 @@ def test_failed_save_leaves_the_old_file_and_no_other(tmp_path):
 def test_unusable_pictures_are_found_before_training_and_named(processor, picture, told, capsys):
     good, bad = Record("good", "?", "1", images=(png(),)), Record("bad", "?", "1", images=(png(), picture))
     with pytest.raises(ValueError) as error:
-        check_prompts(processor, [good, bad, good], "observe")
+        check_records(processor, [good, bad, good], "observe")
     assert "1 of 3 records" in str(error.value) and "record bad: cannot use its picture: " in str(error.value)
     assert told in str(error.value)
-    assert check_prompts(processor, [good, bad, good], "observe", skip_bad=True) == [good, good]
+    assert check_records(processor, [good, bad, good], "observe", skip_bad=True) == [good, good]
     assert "dropped: record bad" in capsys.readouterr().err
+
+
+def test_golds_that_math_verify_cannot_read_are_found_with_the_pictures(processor, capsys):
+    good, bad = Record("good", "?", "$x^2$"), Record("bad", "?", "\\frac{1}{")
+    with pytest.raises(ValueError, match="1 of 2 records cannot be used:\n  record bad: math-verify cannot read"):
+        check_records(processor, [bad, good], "observe")
+    assert check_records(processor, [bad, good], "observe", skip_bad=True) == [good]
+    assert "dropped: record bad: math-verify" in capsys.readouterr().err
 
 
 def test_picture_of_200_to_1_is_still_usable(processor):
     record = Record("a", "?", "1", images=(png(size=(2000, 10)),))
-    assert check_prompts(processor, [record], "observe") == [record]
+    assert check_records(processor, [record], "observe") == [record]
 
 
 @pytest.mark.parametrize("mode, color, shown", [

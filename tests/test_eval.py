@@ -5,10 +5,13 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,21 +19,34 @@ from conftest import ROOT, TOY
 from PIL import Image
 
 import eval
+import rollout
 from data import Record, load_records, save_records
-from eval import Result, Sample, before_after, evaluate, judge, plot_curves, scores_of, summarize, write_page
-from rewards import accuracy_reward
+from eval import (
+    Result,
+    before_after,
+    evaluate,
+    judge,
+    plot_curves,
+    response_lines,
+    scores_of,
+    summarize,
+    write_page,
+    write_responses,
+)
+from rewards import Response, accuracy_reward
+from rollout import Group, Sample
 
 
-def sample(correct: bool, tokens: int = 10, observation: float | None = None, answer: str | None = "1") -> Sample:
-    return Sample("text", answer, correct, 1.0, observation, tokens, False)
+def response(right: bool, tokens: int = 10, observation: float | None = None, answer: str | None = "1") -> Response:
+    return Response(answer, float(right), 1.0, observation, "text", tokens, False)
 
 
 @pytest.fixture
 def results() -> list[Result]:
     easy = Record("easy", "?", "1", difficulty=0.25)
     hard = Record("hard", "?", "1", difficulty=0.75)
-    return [Result(easy, [sample(True, 10, 1.0), sample(True, 20, 0.5)]),
-            Result(hard, [sample(False, 30), sample(True, 50), sample(False, 40, answer=None)])]
+    return [Result(easy, [response(True, 10, 1.0), response(True, 20, 0.5)]),
+            Result(hard, [response(False, 30), response(True, 50), response(False, 40, answer=None)])]
 
 
 def test_summary_by_hand(results):
@@ -46,22 +62,22 @@ def test_closing_table_shows_both_ends(results):
     scores = summarize(results)
     worse = {"greedy": scores | {"accuracy": 0.125}, "sampled": scores}
     table = before_after(worse, {"greedy": scores, "sampled": scores})
-    assert "12.5 ->  66.7" in table
-    assert [line.split()[0] for line in table.splitlines()[1:]] == ["all", "0.250", "0.750"]
+    assert "12.5 -> 66.7" in table
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["all", "0.250", "0.750"]
 
 
 def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
     options = {"style": "observe", "temperature": 1, "samples": 2, "max_tokens": 160}
     results = list(evaluate(shipped, processor, test_set[:4], **options))
     for result, record in zip(results, test_set):
-        assert result.record == record and len(result.samples) == 2
-        for s in result.samples:
-            assert s.correct == (accuracy_reward(s.text, record) == 1.0) and s.observation is not None
+        assert result.record == record and len(result.responses) == 2
+        for r in result.responses:
+            assert r.accuracy == accuracy_reward(r.text, record) and r.observation is not None
 
 
 def test_a_changed_picture_of_any_record_is_noticed(tmp_path):
     """Of Parquet, bytes, path and PIL image alike; 64 records were looked into, and record 1 of 130 was none of them.
-    A picture that cannot be read is left to check_prompts, a file that moves is the same."""
+    A picture that cannot be read is left to check_records, a file that moves is the same."""
     def png(color: int) -> bytes:
         Image.new("RGB", (4, 4), (color, 0, 0)).save(tmp_path / "made.png")
         return (tmp_path / "made.png").read_bytes()
@@ -92,68 +108,177 @@ def test_an_error_of_rank_0_ends_every_rank(monkeypatch, error):
         raise error
 
     sent = []
-    monkeypatch.setattr(eval, "place", lambda: (0, 2))
-    monkeypatch.setattr(eval.dist, "broadcast_object_list", lambda box: sent.extend(box))
+    monkeypatch.setattr(rollout, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(rollout.dist, "broadcast_object_list", lambda box: sent.extend(box))
     with pytest.raises(ValueError, match=re.escape(str(error))):
-        eval.together(work)
+        rollout.on_rank_0(work)
     assert sent == [None, str(error)]
-    monkeypatch.setattr(eval, "place", lambda: (1, 2))
-    monkeypatch.setattr(eval.dist, "broadcast_object_list", lambda box: box.__setitem__(slice(None), sent))
+    monkeypatch.setattr(rollout, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(rollout.dist, "broadcast_object_list", lambda box: box.__setitem__(slice(None), sent))
     with pytest.raises(SystemExit) as end:
-        eval.together(work)
+        rollout.on_rank_0(work)
     assert end.value.code == 1
 
 
+def test_the_record_is_the_unit_on_disk(shipped, processor, test_set, tmp_path):
+    """What stands on disk is not done again, whatever --rows it was done with; a line that was cut is."""
+    sampling = dict(style="observe", temperature=1, samples=4, max_tokens=60, seed=3)
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return shipped, processor
+
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    wanted = eval.roll_out(tmp_path / "whole", "[x]", test_set[:6], load, max_rows=64, **sampling)
+    eval.roll_out(tmp_path / "cut", "[x]", test_set[:4], load, max_rows=64, **sampling)
+    [file] = (tmp_path / "cut").iterdir()
+    kept = file.read_bytes()[:-200]
+    file.write_bytes(kept)  # in the midst of the fourth
+    found = eval.roll_out(tmp_path / "cut", "[x]", test_set[:6], load, max_rows=4, **sampling)
+    assert found == wanted and all(len(result.responses) == 4 for result in found) and len(loaded) == 3
+    added = file.read_bytes().removeprefix(kept)
+    assert [json.loads(line)["id"] for line in added.splitlines() if line] == [r.id for r in test_set[3:6]]
+    assert eval.roll_out(tmp_path / "cut", "[x]", test_set[5:2:-1], load, max_rows=4, **sampling) == found[5:2:-1]
+    assert len(loaded) == 3, "nothing is left to do, so nothing is loaded"
+    eval.roll_out(tmp_path / "whole", "bare", test_set[:2], load, max_rows=8, keep_texts=False, **sampling)
+    lines = [json.loads(line) for line in (tmp_path / "whole/bare-0.jsonl").read_text().splitlines() if line]
+    assert [line["id"] for line in lines] == [r.id for r in test_set[:2]]
+    for line, result in zip(lines, wanted):
+        assert [r["text"] for r in line["responses"]] == [""] * 4
+        assert [r["answer"] for r in line["responses"]] == [r.answer for r in result.responses]
+
+
+def lines_of(folder: Path, sampling: str) -> list[dict]:
+    lines = map(json.loads, (folder / "responses.jsonl").read_text().splitlines())
+    return [line for line in lines if line["sampling"] == sampling]
+
+
+def on_two_processes(*options: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
+                           "c10d", "--rdzv-endpoint", "localhost:0", "eval.py", *options], cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.run
 def test_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypatch):
     """Padding that leaks into a row, random numbers that a batch shares, or a chunk that depends on the process would
     make the score one of the machine."""
     options = ["--model", str(TOY / "model"), "--limit", "20", "--max-tokens", "60"]
-
-    def responses(out: str, kind: str) -> list[dict]:
-        lines = map(json.loads, (tmp_path / out / "responses.jsonl").read_text().splitlines())
-        return [line for line in lines if line["sampling"] == kind]
-
     torch.set_num_threads(1)  # as torchrun's processes have
     for rows in (8, 64):
         monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--rows", str(rows), "--out", str(tmp_path / f"{rows}")])
         eval.main()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-                           "c10d", "--rdzv-endpoint", "localhost:0", "eval.py", *options, "--rows", "8", "--out",
-                           str(tmp_path / "two")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(responses("8", "greedy")) == 20 and len(responses("8", "T=1")) == 80
-    assert responses("8", "greedy") == responses("64", "greedy") == responses("two", "greedy")
-    assert responses("8", "T=1") == responses("64", "T=1") == responses("two", "T=1")
+    on_two_processes(*options, "--rows", "8", "--out", str(tmp_path / "two"))
+    eight, many, two = (tmp_path / name for name in ("8", "64", "two"))
+    assert len(lines_of(eight, "greedy")) == 20 and len(lines_of(eight, "T=1")) == 80
+    assert lines_of(eight, "greedy") == lines_of(many, "greedy") == lines_of(two, "greedy")
+    assert lines_of(eight, "T=1") == lines_of(many, "T=1") == lines_of(two, "T=1")
     first, second = (list((tmp_path / "two" / "rollouts").glob(f"toy-observe-greedy-{rank}.jsonl")) for rank in (0, 1))
     assert first and second and second[0].stat().st_size, "both processes worked"
-    monkeypatch.setattr(eval, "load_policy", None)
+    monkeypatch.setattr(rollout, "load_policy", None)
     eval.main()  # finished: the same command answers nothing again
+
+
+@pytest.mark.run
+def test_a_killed_evaluation_goes_on_with_other_rows_and_processes(tmp_path, monkeypatch):
+    """Hours of answers survive SIGKILL, a line cut in two, less memory and another number of processes: the record is
+    the unit. Two evaluations in one folder would spoil each other: the second is refused."""
+    options = ["--model", str(TOY / "model"), "--limit", "48", "--max-tokens", "60", "--rows", "64"]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    torch.set_num_threads(1)  # as torchrun's processes have
+    monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--out", str(whole)])
+    eval.main()
+
+    def done() -> list[tuple[str, str]]:
+        """(of which kind, id) of all that is answered."""
+        lines = [(file.name.rpartition("-")[0], line) for file in (out / "rollouts").glob("*.jsonl")
+                 for line in file.read_bytes().splitlines()]
+        return [(name, json.loads(line)["id"]) for name, line in lines if line.endswith(b"]}")]
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--out", str(out)])
+    run = subprocess.Popen([sys.executable, *sys.argv], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    log = out / "rollouts/toy-observe-T=1-0.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(.02)
+    os.killpg(run.pid, signal.SIGSTOP)
+    with pytest.raises(ValueError, match="another process is at work there"):
+        eval.main()
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert 48 < len(done()) < 96 and not (out / "scores.json").exists()
+    with open(log, "ab") as file:
+        file.write(b'\n{"id": "test-0047", "responses": [{"answer": "3')
+    before = log.read_bytes()
+    on_two_processes(*options[:-1], "8", "--out", str(out))
+
+    for kind in ("greedy", "T=1"):
+        assert lines_of(out, kind) == lines_of(whole, kind) and lines_of(out, kind)
+    scores, wanted = (json.loads((folder / "scores.json").read_text())["scores"] for folder in (out, whole))
+    assert scores == wanted
+    assert log.read_bytes().startswith(before), "what was on disk stays"
+    assert len(done()) == len(set(done())) == 96, "all, and nothing is done twice"
+    assert (out / "rollouts/toy-observe-T=1-1.jsonl").stat().st_size, "both processes worked"
 
 
 def test_sections_are_counted(processor):
     """Length and share of what is observed, thought and answered, in tokens of the model."""
     text = "<observe>red 3, blue 5</observe> <think>3 + 5 = 8</think> <answer>8</answer>"
-    sample = judge(text, Record("a", "?", "8"), "observe", processor)
+    record, ids = Record("a", "?", "8"), processor.tokenizer(text).input_ids
+    group = Group(record, processor.encode(record, "observe"), [Sample(text, ids, False, torch.zeros(len(ids)))])
+    [[judged]] = judge([group], "observe", processor)
     size = {tag: len(processor.tokenizer(part).input_ids) for tag, part in (
         ("observe", "red 3, blue 5"), ("think", "3 + 5 = 8"), ("answer", "8"), ("all", text))}
-    assert sample.tokens == size.pop("all") and sample.sections == size
-    scores = scores_of("x", [Result(Record("a", "?", "8"), [sample])])
-    assert scores["sections"]["think"] == {"length": size["think"], "share": size["think"] / sample.tokens}
+    assert judged.tokens == size.pop("all") and judged.sections == size and judged.accuracy == judged.format == 1
+    scores = scores_of("x", [Result(record, [judged])])
+    assert scores["sections"]["think"] == {"length": size["think"], "share": size["think"] / judged.tokens}
 
 
 def test_page_escapes_what_a_model_writes(tmp_path, test_set):
     record = test_set[0]
     evil = '<script>alert(1)</script><img src=x onerror="alert(2)">'
-    line = {"step": 1, "stage": 0, "id": record.id, "weight": 1.0, "responses": [
-        {"text": evil, "accuracy": 0.0, "format": 0.0, "bonus": 0.0, "reward": 0.0, "advantage": -1.0, "tokens": 5},
-        {"text": "fine", "accuracy": 1.0, "format": 1.0, "bonus": 0.2, "reward": 1.7, "advantage": 1.0, "tokens": 5}]}
-    path = tmp_path / "page.html"
-    write_page([line] * 5, {record.id: record}, path, "<b>", limit=3)
+    said = [Response("1", 0.0, 0.0, None, evil, 5), Response("2", 1.0, 1.0, None, "fine", 5)]
+    lines = response_lines(record, said, step=1, stage=0, weight=1.0)
+    for line, reward in zip(lines, (0.0, 1.7)):
+        line |= {"bonus": 0.2 * line["accuracy"], "reward": reward, "advantage": 1.0}
+    path = tmp_path / "<b>" / "page.html"
+    path.parent.mkdir()
+    write_responses([(record, lines)] * 5, path, limit=3)
     page = path.read_text()
-    assert page.count("<script>") == 1 and "&lt;script&gt;alert" in page and "<title>&lt;b&gt;</title>" in page
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert" in page and "/&lt;b&gt;</title>" in page
     assert page.count("<section>") == 3 and page.count('<pre class="wrong">') == page.count('<pre class="right">') == 3
+    assert "reward 1.70 = accuracy 1, format 1, bonus 0.2; advantage +1.00; 5 tokens" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page), "self-contained"
+
+
+def test_page_escapes_all_that_it_is_given(tmp_path):
+    """Questions, golds, ids, benchmarks' names and links come from others' files too."""
+    evil = '"><script>alert(1)</script>'
+    record = Record(evil, evil, evil, (b"no picture",), source=evil)
+    write_responses([(record, response_lines(record, [Response(evil, 0.0, 0.0, None, evil)], benchmark=evil))],
+                    tmp_path / "one.html")
+    section = {"pictures": [evil], "question": evil, "where": evil, "gold": evil, "blocks": [("right", evil, evil)]}
+    write_page(tmp_path / "two.html", evil, evil, [section], [evil])
+    for name in ("one", "two"):
+        page = (tmp_path / f"{name}.html").read_text()
+        assert page.count("<script>") == 1 and "&lt;script&gt;" in page and evil not in page
+
+
+@pytest.mark.run
+def test_one_schema_of_responses_for_training_and_evaluation(test_set, whole_run, tmp_path, monkeypatch):
+    """Whoever reads the one file can read the other; and what training logged can be scored again."""
+    shared = ["id", "sample", "response", "answer", "accuracy", "format", "observation", "tokens", "truncated"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(TOY / "model"), "--limit", "2", "--temperature", "0",
+                                      "--max-tokens", "60", "--out", str(tmp_path / "e")])
+    eval.main()
+    for file, own in ((whole_run / "responses.jsonl", {"step", "stage", "weight", "bonus", "reward", "advantage"}),
+                      (tmp_path / "e/responses.jsonl", {"benchmark", "prompt", "sampling", "images", "gold"})):
+        for line in map(json.loads, file.read_text().splitlines()):
+            assert line.keys() == {*shared, *own} and [key for key in line if key in shared] == shared
+            assert line["accuracy"] in (0.0, 1.0) and isinstance(line["response"], str)
 
 
 def test_curves_are_drawn_even_of_a_run_just_begun(tmp_path):
@@ -164,6 +289,7 @@ def test_curves_are_drawn_even_of_a_run_just_begun(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.run
 def test_commands_run(tmp_path):
     """What the README tells people to type."""
     def run(*command: str) -> str:
@@ -175,8 +301,6 @@ def test_commands_run(tmp_path):
     scores = run("eval.py", "--model", model, "--prompt", "none,observe", "--limit", "2", "--out", str(tmp_path / "e"))
     assert scores.count("avg@4") == 2, "the built-in world is shown greedy and at temperature 1"
     assert len((tmp_path / "e/responses.jsonl").read_text().splitlines()) == 2 * 2 * (1 + 4)
-    from PIL import Image
-
     Image.new("RGB", (56, 28), "white").save(tmp_path / "x.png")
     assert run("rollout.py", "--model", model, "--image", str(tmp_path / "x.png"), "--question", "What is it?",
                "--max-tokens", "20").strip()

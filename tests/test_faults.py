@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,11 @@ import pytest
 import torch
 from conftest import ROOT, TOY, lines, weights
 
+import eval as evaluation
 import train
 from data import Processor, load_records, save_records
 from rollout import load_policy
-from train import checkpoints, damage, main, mark_best_and_prune, newest_whole
+from train import checkpoints, main, mark_best_and_prune, newest_whole
 
 
 def same_run(run: Path, whole: Path) -> None:
@@ -48,21 +50,26 @@ def copy(whole_run, tmp_path) -> Path:
 # --- damaged, full, changed ------------------------------------------------------------------------------------------
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def goes_on_from(path: Path) -> bool:
+    """Would a run go on from this checkpoint, its newest?"""
+    return newest_whole(path.parent) == path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
 
 
 @pytest.mark.parametrize("harm", [
-    lambda path: flip(path / "model.safetensors"),
-    lambda path: flip(path / "trainer/exp_avg.safetensors"),
-    lambda path: os.truncate(path / "model.safetensors", 1000),
+    lambda path: cut(path / "model.safetensors"),
+    lambda path: [cut(file) for file in (path / "trainer").glob("*.safetensors")],
+    lambda path: os.truncate(path / "config.json", 100),
+    lambda path: (path / "model.safetensors").unlink(),
     lambda path: (path / "tokenizer.json").unlink(),
-    lambda path: (path / "trainer/sha256.json").unlink(),
-    lambda path: shutil.rmtree(path / "trainer")], ids=["bit", "moments", "cut", "missing", "no sums", "no trainer"])
+    lambda path: [file.unlink() for file in (path / "trainer").glob("*.safetensors")],
+    lambda path: shutil.rmtree(path / "trainer")],
+    ids=["weights cut", "moments cut", "json cut", "no weights", "no tokenizer", "no moments", "no trainer"])
 def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(copy, harm, capsys):
-    """One flipped bit loads without complaint; half a folder is what a copy that ran out of time leaves."""
+    """Half a folder is what a full disk leaves, or a copy that ran out of time."""
     harm(copy / "checkpoint-000006")
     assert newest_whole(copy).name == "checkpoint-000004"
     assert "checkpoint-000006 is damaged: " in capsys.readouterr().out
@@ -70,7 +77,7 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(copy, harm, c
 
 
 def test_from_the_checkpoint_before_a_damaged_one_comes_the_same_run(small, copy, whole_run):
-    flip(copy / "checkpoint-000006/model.safetensors")
+    cut(copy / "checkpoint-000006/model.safetensors")
     main([*small, "--out", str(copy), "--resume"])
     same_run(copy, whole_run)
 
@@ -78,7 +85,7 @@ def test_from_the_checkpoint_before_a_damaged_one_comes_the_same_run(small, copy
 def test_without_a_whole_checkpoint_nothing_is_trained_over(small, copy):
     """Starting again from nothing would cut the log of the run to nothing."""
     for path in checkpoints(copy):
-        flip(path / "model.safetensors")
+        cut(path / "model.safetensors")
     before = (copy / "metrics.jsonl").read_text(), checkpoints(copy)
     with pytest.raises(ValueError, match="no checkpoint of .* is whole"):
         main([*small, "--out", str(copy), "--resume"])
@@ -93,26 +100,49 @@ def test_best_is_kept_and_the_earliest_of_equals(tmp_path):
     assert json.loads((tmp_path / "best.json").read_text()) == {"checkpoint": "checkpoint-000002", "accuracy": 0.5}
 
 
-def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(small, whole_run, tmp_path, monkeypatch):
-    """At the second save, while the weights, the moments and the names are written; the moments' error is safetensors'
-    own, and no OSError."""
-    run = tmp_path / "run"
-    for owner, name in ((os, "fsync"), (train, "save_file"), (os, "replace")):
-        real = getattr(owner, name)
+@contextlib.contextmanager
+def failing(monkeypatch, name: str):
+    """os.NAME has no room."""
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def full(*args, real=real, name=name, **options):
-            if (run / "checkpoint-000002").exists() and (run / "checkpoint.partial").exists():
-                raise (RuntimeError("I/O error: No space left on device (os error 28)") if name == "save_file" else
-                       OSError(errno.ENOSPC, "No space left on device"))
-            return real(*args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        yield
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """What is written beyond that fails, in whatever language."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(small, whole_run, tmp_path, monkeypatch):
+    """At the second save, while the weights, the moments and the names are written: the first two in libraries, with
+    errors of their own."""
+    run, real = tmp_path / "run", train.save_checkpoint
+    weights_size = (whole_run / "checkpoint-000006/model.safetensors").stat().st_size
+    assert weights_size < min(f.stat().st_size for f in (whole_run / "checkpoint-000006/trainer").glob("*.safetensors"))
+    for full in (lambda: files_of_at_most(weights_size - 1), lambda: files_of_at_most(weights_size),
+                 lambda: failing(monkeypatch, "fsync"), lambda: failing(monkeypatch, "replace")):
+
+        def save(folder, step, *args, full=full):
+            with full() if step == 4 else contextlib.nullcontext():
+                real(folder, step, *args)
 
         with monkeypatch.context() as patch, pytest.raises(OSError) as error:
-            patch.setattr(owner, name, full)
+            patch.setattr(train, "save_checkpoint", save)
             main([*small, "--out", str(run), *(["--resume"] if run.exists() else [])])
-        assert "checkpoint-000004 could not be saved: " in str(error.value) and "No space left" in str(error.value)
+        assert "checkpoint-000004 could not be saved: " in str(error.value)
+        assert "No space left" in str(error.value) or "File too large" in str(error.value)
         assert "the newest is checkpoint-000002. Make room, or lower --keep" in str(error.value)
         assert not (run / "checkpoint.partial").exists(), "half a checkpoint only takes room"
-        assert damage(run / "checkpoint-000002") is None
+        assert goes_on_from(run / "checkpoint-000002")
     main([*small, "--out", str(run), "--resume"])
     same_run(run, whole_run)
 
@@ -135,13 +165,13 @@ def test_data_changed_between_save_and_resume_is_refused(small, copy, tmp_path, 
                    lambda r: [replace(r[0], images=r[1].images), *r[1:]]):
         with pytest.raises(ValueError, match=f"{told}: .* problems .* there, .* now"):
             main([*changed(small, tmp_path, which, change), "--out", str(copy), "--resume"])
-    assert (copy / "metrics.jsonl").read_text() == before and damage(copy / "checkpoint-000006") is None
+    assert (copy / "metrics.jsonl").read_text() == before and goes_on_from(copy / "checkpoint-000006")
     main([*changed(small, tmp_path, which, list), "--out", str(copy), "--resume"])
 
 
 def test_what_does_not_change_the_steps_may_change_on_resume(small, copy, capsys):
     main([*small, "--out", str(copy), "--resume", "--keep", "1", "--save-every", "3"])
-    assert "resumed from" in capsys.readouterr().out and json.loads((copy / "config.json").read_text())["keep"] == 1
+    assert "resumed from" in capsys.readouterr().out and json.loads((copy / "settings.json").read_text())["keep"] == 1
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         main([*small, "--out", str(copy), "--resume", "--seed", "1"])
 
@@ -152,7 +182,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small, copy):
            "flush=True); time.sleep(60)"
     with subprocess.Popen([os.sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another process is training there"):
+        with pytest.raises(ValueError, match="another process is at work there"):
             main([*small, "--out", str(copy), "--resume"])
         other.kill()
 
@@ -160,7 +190,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small, copy):
 def test_a_stop_during_an_evaluation_loses_no_step(small, whole_run, tmp_path, monkeypatch):
     """An evaluation may take longer than a cluster waits: that of the start, and that of a stage's end, whose steps are
     saved before it. What was cut short is made up for."""
-    run, real, calls = tmp_path / "run", train.evaluate, []
+    run, real, calls = tmp_path / "run", train.answer_to_disk, []
 
     def stop(*args, **options):
         calls.append(1)
@@ -168,13 +198,40 @@ def test_a_stop_during_an_evaluation_loses_no_step(small, whole_run, tmp_path, m
             signal.raise_signal(signal.SIGINT if len(calls) == 1 else signal.SIGTERM)
         return real(*args, **options)
 
-    monkeypatch.setattr(train, "evaluate", stop)
+    monkeypatch.setattr(train, "answer_to_disk", stop)
     main([*small, "--out", str(run)])
     assert lines(run) == [] and checkpoints(run)[-1].name == "checkpoint-000000"
     main([*small, "--out", str(run), "--resume"])
     assert [line["step"] for line in lines(run)] == [0, 1, 2] and checkpoints(run)[-1].name == "checkpoint-000002"
     main([*small, "--out", str(run), "--resume"])
     same_run(run, whole_run)
+
+
+def test_held_out_problems_that_were_answered_before_a_stop_are_not_answered_again(small, tmp_path, monkeypatch):
+    """The unit on disk is the record, so --rollout-rows may change meanwhile."""
+    answered, real = [], evaluation.sample_groups
+
+    def stop(model, processor, records, *args, **options):
+        answered.append([r.id for r in records])
+        if len(answered) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(model, processor, records, *args, **options)
+
+    monkeypatch.setattr(evaluation, "sample_groups", stop)
+    options = [*small, "--out", str(tmp_path / "run"), "--stage", "0", "--rollout-rows"]
+    main([*options, "4"])
+    assert list(map(len, answered)) == [4, 2]
+    main([*options, "8", "--resume"])
+    assert answered[2] == answered[1]
+
+
+def test_a_run_of_an_older_version_is_refused_in_one_line(small, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint-000002").mkdir()
+    for resume in ([], ["--resume"]):
+        with pytest.raises(ValueError, match="older version of this code, .* or another --out") as error:
+            main([*small, "--out", str(tmp_path), *resume])
+        assert "\n" not in str(error.value)
 
 
 # --- data and models of others ---------------------------------------------------------------------------------------
@@ -242,10 +299,10 @@ def test_rows_of_a_hundred_thousand_brackets_are_bad_records(tmp_path):
 def test_a_run_that_died_before_its_settings_were_written_is_no_run(tmp_path):
     """Its lock alone would keep the very command that began it out."""
     (tmp_path / "lock").touch()
-    assert train.find_run(train.parse_config(["--out", str(tmp_path)]), []) is None
+    assert train.find_run(train.parse_config(["--out", str(tmp_path)])) is None
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        train.find_run(train.parse_config(["--out", str(tmp_path)]), [])
+        train.find_run(train.parse_config(["--out", str(tmp_path)]))
 
 
 # --- kills (slow) ----------------------------------------------------------------------------------------------------
@@ -256,12 +313,11 @@ context.set_forkserver_preload(["train"])  # so that each of some thirty process
 
 def undrawn(options: list[str]) -> None:
     train.plot_curves = lambda *_: None  # it takes longer than all the rest
-    torch.set_num_threads(1)  # (several, on a busy machine, wait for each other)
     main(options)
 
 
 def start(options: list[str], run: Path):
-    resume = ["--resume"] if (run / "config.json").exists() else []
+    resume = ["--resume"] if (run / "settings.json").exists() else []
     process = context.Process(target=undrawn, args=([*options, "--out", str(run), *resume],))
     process.start()
     return process
@@ -314,7 +370,7 @@ def test_kill_9_at_random_moments_of_ten_runs(brief, tmp_path):
             process.join()
             saving += partial(run) and (run / "checkpoint.partial").stat().st_ctime > since
             if checkpoints(run):
-                assert damage(checkpoints(run)[-1]) is None, "nothing half-written has a whole one's name"
+                assert goes_on_from(checkpoints(run)[-1]), "nothing half-written has a whole one's name"
         last = start(brief, run)
         last.join()
         assert last.exitcode == 0
@@ -335,7 +391,7 @@ def test_a_disk_that_is_really_full(brief, tmp_path):
         process.join()
         assert process.exitcode == 1
         kept = checkpoints(disk / "run")
-        assert kept and all(damage(path) is None for path in kept) and not (disk / "run/checkpoint.partial").exists()
+        assert kept and goes_on_from(kept[-1]) and not (disk / "run/checkpoint.partial").exists()
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         process = start(brief, disk / "run")
         process.join()

@@ -1,10 +1,13 @@
 """What a response is worth: formats, answers that try to cheat, advantages by hand, and a verifier that hangs."""
 import math
 import os
+import resource
 import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -12,19 +15,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rewards
-from data import Record, parse_number
+from data import Record, check_records
 from rewards import (
     TAGS,
     Verifier,
     accuracy_reward,
     answer_matches,
-    check_golds,
     difficulty_weight,
     extract_answer,
     format_reward,
+    gold_fault,
     group_advantages,
     group_rewards,
     observation_accuracy,
+    parse_number,
     score_groups,
     section,
     shortest_correct_bonus,
@@ -246,7 +250,7 @@ def test_judge(record, answer, expected):
 
 def test_answers_are_wrong_rather_than_slow():
     """Answers meant to break the parser; none may reach sympy and use up a time-out."""
-    before, start = rewards.VERIFIER.timeouts, time.time()
+    before = rewards.VERIFIER.timeouts
     hostile = ["9**9**9**9", "9^{9^{9^9}}", "10^{999999999}", "(99999!)", "(" * 30 + "1" + ")" * 30, "[" * 999,
                "(" * 100_000, "{" * 100_000, "9" * 100_000, "A " * 50_000, "1," * 400, "\\frac" * 150, "$" * 900,
                "<answer>" * 50_000, "\\boxed{" * 20_000, "answer is " * 20_000, "\x00", "\ud800"]
@@ -255,7 +259,7 @@ def test_answers_are_wrong_rather_than_slow():
             assert not answer_matches(answer, record), (record.answer, answer[:30])
             assert accuracy_reward(answer, record) == accuracy_reward(tagged(answer), record) == 0
             format_reward(answer)
-    assert time.time() - start < 8 and rewards.VERIFIER.timeouts == before
+    assert rewards.VERIFIER.timeouts == before
 
 
 # --- faults of the official code that ours must not have -------------------------------------------------------------
@@ -349,12 +353,13 @@ def test_numbers():
         assert parse_number(text) == value, text
 
 
-def test_check_golds_names_every_record():
+def test_golds_that_math_verify_cannot_read_are_named(processor):
     good = [gold(r"2\sqrt{3}"), gold("x^2"), gold("cat")]
-    check_golds(good)
+    assert check_records(processor, good, "observe") == good and not any(map(gold_fault, good))
     bad = [Record(f"bad{i}", "?", "\\nonsense{", answer_type="math") for i in range(12)]
+    assert gold_fault(bad[0]).startswith("record bad0: ")
     with pytest.raises(ValueError, match=r"12 of 15 records") as error:
-        check_golds(good + bad)
+        check_records(processor, good + bad, "observe")
     message = str(error.value)
     assert all(f"bad{i}:" in message for i in range(10)) and "bad10" not in message and "and 2 more" in message
 
@@ -362,67 +367,97 @@ def test_check_golds_names_every_record():
 # --- the verifier ----------------------------------------------------------------------------------------------------
 
 HANGS = r"\frac{(x+y)^{300}}{(x-y)^{299}}"  # sympy goes on for minutes over this one
-
-
-def test_a_hung_verifier_is_killed_and_counted():
-    verifier = Verifier(timeout=1.0)
-    assert verifier("2", "2")  # started, so that only the hang is timed
-    worker, start = verifier._process, time.time()
-    assert not verifier(r"2\sqrt{3}", HANGS)
-    assert 0.9 < time.time() - start < 3 and verifier.timeouts == 1 and not worker.is_alive()
-    assert not verifier(r"2\sqrt{3}", HANGS) and verifier.timeouts == 1  # remembered: a group says the same 8 times
-    assert verifier(r"2\sqrt{3}", r"\sqrt{12}")  # a fresh worker answers
-    verifier._process.kill()  # as the kernel does when memory runs out
-    verifier._process.join()
-    assert verifier("3", "3") and verifier.timeouts == 1
-    verifier.close()
-
-
-def test_a_greedy_verifier_is_stopped_by_its_memory_limit():
-    verifier = Verifier(timeout=20.0, memory=1 << 28)
-    assert verifier("2", "2")
-    worker, start = verifier._process, time.time()
-    assert not verifier(r"2\sqrt{3}", "2^{10^{10}}")  # 1.25 GB of digits
-    assert verifier.timeouts == 0 and time.time() - start < 15 and worker.is_alive()
-    assert verifier("3", "3")
-    verifier.close()
+SLOW = "600x", "+".join(["x"] * 600)  # right, and sympy needs a second
 
 
 @pytest.fixture
-def stopped():
-    """A verifier whose worker stands still, so that what happens to it happens over the next question."""
-    verifier = Verifier()
-    assert verifier("2", "2")
-    os.kill(verifier._process.pid, signal.SIGSTOP)
-    yield verifier
-    verifier.close()
+def started():
+    """Starts a verifier -> it and its workers, all of them ready: the limit of memory is the last thing they set."""
+    verifiers = []
+
+    def start(**options) -> tuple[Verifier, list]:
+        others, limit = active_children(), resource.getrlimit(resource.RLIMIT_AS)
+        verifiers.append(Verifier(**options))
+        assert verifiers[-1]("2", "2")
+        workers = [child for child in active_children() if child not in others]
+        while any(resource.prlimit(worker.pid, resource.RLIMIT_AS) == limit for worker in workers):
+            time.sleep(0.01)
+        return verifiers[-1], workers
+
+    yield start
+    for verifier in verifiers:
+        verifier.close()
+
+
+def test_a_hung_verifier_is_killed_and_counted(started):
+    verifier, [worker] = started(timeout=1.0, workers=1)
+    assert not verifier(r"2\sqrt{3}", HANGS) and verifier.timeouts == 1
+    worker.join()  # (ends: it was killed)
+    assert not verifier(r"2\sqrt{3}", HANGS) and verifier.timeouts == 1  # remembered: a group says the same 8 times
+    assert verifier(r"2\sqrt{3}", r"\sqrt{12}") and verifier.timeouts == 1  # a fresh worker answers
+
+
+def test_hangs_hold_up_nobody_else(started):
+    """Two hang at once; a third question is answered meanwhile."""
+    verifier, workers = started(timeout=3.0, workers=3)
+    assert len(workers) == 3
+    with ThreadPoolExecutor(2) as threads:
+        hung = [threads.submit(verifier, r"2\sqrt{3}", f"{HANGS} + {n}") for n in range(2)]
+        for n in range(5):
+            assert verifier(f"{n}", f"{n}")
+        assert not any(future.done() for future in hung)
+        assert not any(future.result() for future in hung) and verifier.timeouts == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_killed_between_two_questions_makes_no_right_answer_wrong(started, workers):
+    """As the kernel does when memory runs out."""
+    verifier, found = started(workers=workers)
+    found[0].kill()
+    found[0].join()
+    assert verifier("3", "3") and verifier("4", "4") and not verifier("4", "5") and verifier.timeouts == 0
+
+
+def test_a_greedy_verifier_is_stopped_by_its_memory_limit(started):
+    verifier, [worker] = started(timeout=60.0, memory=1 << 28, workers=1)
+    assert not verifier(r"2\sqrt{3}", "2^{10^{10}}")  # 1.25 GB of digits
+    assert verifier.timeouts == 0 and worker.is_alive()
+    assert verifier("3", "3")
+
+
+def cpu(pid: int) -> int:
+    """Hundredths of a second that a process has worked."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
 
 
 @pytest.mark.parametrize("sent, verdict", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
-def test_a_worker_ended_by_the_cluster_is_asked_again(stopped, sent, verdict):
+def test_a_worker_ended_by_the_cluster_is_asked_again(started, sent, verdict):
     """srun and scancel send SIGTERM to all processes of a job, in the middle of whatever answer: a right one was then
     wrong, and the run trained on it and saved it. What kills for memory sends SIGKILL, and would do so again."""
-    def end(pid=stopped._process.pid):
-        os.kill(pid, sent)
-        os.kill(pid, signal.SIGCONT)
+    verifier, [worker] = started(timeout=60.0, workers=1)
+    before = cpu(worker.pid)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(verifier, *SLOW)
+        while cpu(worker.pid) < before + 5:
+            time.sleep(0.01)
+        os.kill(worker.pid, sent)
+        assert asked.result() == verdict and verifier.timeouts == 0
+    assert verifier("4", "4") and not verifier("4", "5")
 
-    threading.Timer(0.3, end).start()
-    assert stopped("3", "3") == verdict and stopped.timeouts == 0
-    assert stopped("4", "4") and not stopped("4", "5")
 
-
-def test_ctrl_c_leaves_no_answer_to_the_next_question(stopped):
-    worker = stopped._process
+def test_ctrl_c_leaves_no_answer_to_the_next_question(started):
+    verifier, [worker] = started(workers=1)
+    os.kill(worker.pid, signal.SIGSTOP)  # so that it happens over the next question
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            stopped("3", "3")
+            verifier("3", "3")
     finally:
         signal.signal(signal.SIGINT, handler)
-    if worker.is_alive():
-        os.kill(worker.pid, signal.SIGCONT)
-    assert not stopped("3", "4") and stopped("3", "3")
+    os.kill(worker.pid, signal.SIGCONT)
+    assert not verifier("3", "4") and verifier("3", "3")
 
 
 def test_verifier_works_from_a_thread():
@@ -435,12 +470,12 @@ def test_verifier_works_from_a_thread():
 
 
 def test_no_worker_without_math(monkeypatch):
-    fresh = Verifier()
-    monkeypatch.setattr(rewards, "VERIFIER", fresh)
+    others = active_children()
+    monkeypatch.setattr(rewards, "VERIFIER", Verifier())
     for record in (gold("12"), gold("A", FOUR), gold("(1,2)"), gold("yes")):
         answer_matches("12", record)
-    check_golds([gold("12"), gold("yes")])
-    assert fresh._process is None
+        assert gold_fault(record) is None
+    assert active_children() == others
 
 
 # --- groups, by hand -------------------------------------------------------------------------------------------------
@@ -483,8 +518,9 @@ def test_group_rewards():
     right, wrong, bare = tagged("12"), tagged("13"), r"\boxed{12}"
     texts = [[right, bare, wrong, "no idea"], [wrong] * 4, [right, right, right, bare]]
     lengths = torch.tensor([[200, 150, 300, 5], [200] * 4, [50, 150, 150, 150]])
-    out = group_rewards(score_groups(texts, [gold("12")] * 3, "observe"), lengths)
-    assert out.answers[0] == ["12", "12", "13", None]
+    responses = score_groups(texts, [gold("12")] * 3, "observe")
+    out = group_rewards(responses, lengths)
+    assert [r.answer for r in responses[0]] == ["12", "12", "13", None]
     assert out.accuracy.tolist() == [[1, 1, 0, 0], [0] * 4, [1] * 4]
     assert out.format.tolist() == [[1, 0, 1, 0], [1] * 4, [1, 1, 1, 0]]
     assert torch.allclose(out.total, torch.tensor([[1.5, 1.2, .5, 0], [.5] * 4, [1.5, 1.5, 1.5, 1]]))

@@ -13,12 +13,11 @@ import pytest
 import torch
 from conftest import TOY
 from PIL import Image
-from plain import plain_logprobs, plain_rollout
+from plain import pad, plain_logprobs, plain_rollout
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.modeling_utils import AttentionInterface
 
 import rollout
-import train
 from data import PROMPTS, Processor, Record
 from rollout import CHECK, Packed, decode, draw, generation_config, load_policy, response_logprobs, sample_groups
 
@@ -50,12 +49,17 @@ def sample(model, processor, records, **options):
     return sample_groups(model, processor, records, encode(processor, records), **options)
 
 
+def ids(*groups) -> list[list[int]]:
+    """All responses, as tokens."""
+    return [s.ids for g in groups for s in g.samples]
+
+
 def packed(groups, most: int = 99) -> list[Packed]:
-    return [Packed(g.prompt, g.responses[i:i + most]) for g in groups for i in range(0, len(g.responses), most)]
+    return [Packed(g.prompt, ids(g)[i:i + most]) for g in groups for i in range(0, len(g.samples), most)]
 
 
 def padded(groups) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence([r for g in groups for r in g.logprobs], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence([s.logprobs for g in groups for s in g.samples], batch_first=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -68,9 +72,9 @@ def test_sampler_trainer_and_plain_forward_agree(model, processor, mixed, temper
     model.train()
     groups = sample(model, processor, mixed, samples=3, temperature=temperature)
     assert model.training, "the mode is handed back as it was"
-    sampled, lengths = padded(groups), [len(r) for g in groups for r in g.responses]
-    want, mask = plain_logprobs(model, processor, [g.prompt for g in groups for _ in range(3)],
-                                [r for g in groups for r in g.responses], temperature)
+    sampled, responses = padded(groups), ids(*groups)
+    lengths = list(map(len, responses))
+    want, mask = plain_logprobs(model, processor, [g.prompt for g in groups for _ in range(3)], responses, temperature)
     assert mask.sum(1).tolist() == lengths
     torch.testing.assert_close(sampled, want, atol=1e-5, rtol=0)
     for most, together in ((3, 1), (3, 2), (3, 4), (2, 3), (1, 12)):  # responses in a row, rows in a micro-batch
@@ -87,7 +91,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(model, processor, mixed, 
     """A response that sees its neighbour, or a prompt whose gradient is counted once where it serves three, moves the
     log-probs little or not at all; the gradients tell."""
     groups = sample(model, processor, mixed, samples=3)
-    prompts, responses = [g.prompt for g in groups for _ in range(3)], [r for g in groups for r in g.responses]
+    prompts, responses = [g.prompt for g in groups for _ in range(3)], ids(*groups)
     weights = torch.randn(len(responses), 1, generator=torch.Generator().manual_seed(0))
     (plain_logprobs(model, processor, prompts, responses, 1.0)[0] * weights).sum().backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -99,7 +103,7 @@ def test_packed_rows_have_the_gradients_of_padded_ones(model, processor, mixed, 
         assert (p.grad - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-7, name
 
 
-def test_flash_attentions_form_equals_the_mask(model, processor, mixed, monkeypatch):
+def test_flash_attentions_form_equals_the_mask(model, processor, mixed):
     """The varlen kernel needs a GPU; the sequences it is handed do not. Here a plain loop over them stands for it."""
     def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
         assert causal and q.shape[1] > k.shape[1], "grouped heads are handed on as they are"
@@ -119,8 +123,11 @@ def test_flash_attentions_form_equals_the_mask(model, processor, mixed, monkeypa
     groups = sample(model, processor, mixed, samples=3)
     with torch.no_grad():
         want = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
-        monkeypatch.setitem(AttentionInterface._global_mapping, "grouped", flash)
-        got = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
+        AttentionInterface.register("grouped", flash)
+        try:
+            got = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
+        finally:
+            AttentionInterface.register("grouped", rollout.grouped_attention)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
@@ -129,9 +136,9 @@ def test_the_sampler_equals_transformers_own_loop(shipped, processor, mixed):
     tokens, logprobs = plain_rollout(shipped, processor, encode(processor, mixed), samples=2, temperature=0,
                                      max_tokens=60)
     groups = sample(shipped, processor, mixed, temperature=0, max_tokens=60)
-    for n, (response, logp) in enumerate((r, p) for g in groups for r, p in zip(g.responses, g.logprobs)):
-        assert response == tokens[n, :len(response)].tolist()
-        torch.testing.assert_close(logp, logprobs[n, :len(response)], atol=1e-5, rtol=0)
+    for n, s in enumerate(s for g in groups for s in g.samples):
+        assert s.ids == tokens[n, :len(s.ids)].tolist()
+        torch.testing.assert_close(s.logprobs, logprobs[n, :len(s.ids)], atol=1e-5, rtol=0)
 
 
 def test_a_captured_decode_gives_the_same_tokens(shipped, processor, mixed, monkeypatch):
@@ -159,9 +166,9 @@ def test_a_captured_decode_gives_the_same_tokens(shipped, processor, mixed, monk
     want = sample(shipped, processor, mixed[:2], **options)
     monkeypatch.setattr(rollout, "decode", lambda *args, **given: decode(*args, **given | {"graph": captured}))
     got = sample(shipped, processor, mixed[:2], **options)
-    assert [g.responses for g in got] == [g.responses for g in want]
+    assert ids(*got) == ids(*want)
     torch.testing.assert_close(padded(got), padded(want), atol=1e-5, rtol=0)
-    lengths = sorted((len(r) for g in want for r in g.responses), reverse=True)
+    lengths = sorted(map(len, ids(*want)), reverse=True)
     assert lengths[0] > 256 and sizes == captures(lengths, 300), "captured anew only where a size changes"
 
 
@@ -199,7 +206,7 @@ def test_rows_leave_when_they_end(shipped, processor, mixed, monkeypatch):
     monkeypatch.setattr(shipped.model.language_model.embed_tokens, "forward",
                         lambda ids: (sizes.append(len(ids)) if ids.ndim == 1 else None, forward(ids))[1])
     groups = sample(shipped, processor, mixed, samples=6, max_tokens=160)
-    lengths = sorted(len(r) for g in groups for r in g.responses)
+    lengths = sorted(map(len, ids(*groups)))
     for step, rows in enumerate(sizes):
         assert rows == sum(n > step // CHECK * CHECK for n in lengths), step
     assert sizes[-1] < len(lengths)
@@ -230,10 +237,10 @@ def test_sampled_frequencies_are_the_models(shipped, processor, mixed):
     [group] = sample(shipped, processor, mixed[:1], samples=400, temperature=2.0, max_tokens=1)
     vocabulary = range(len(processor.tokenizer))
     with torch.no_grad():
-        logp = shipped(**processor.collate([group.prompt])).logits[0, -1] / 2.0
+        logp = shipped(**pad(processor, [group.prompt], [[]])).logits[0, -1] / 2.0
     logp[processor.vision_ids] = float("-inf")
     p = logp.softmax(-1)
-    counts = torch.bincount(torch.tensor([r[0] for r in group.responses]), minlength=len(vocabulary))
+    counts = torch.bincount(torch.tensor([r[0] for r in ids(group)]), minlength=len(vocabulary))
     chi2 = ((counts - 400 * p) ** 2 / (400 * p))[p > 0.01].sum().item()
     assert chi2 < 3 * (p > 0.01).sum(), (chi2, int((p > 0.01).sum()))
 
@@ -241,7 +248,7 @@ def test_sampled_frequencies_are_the_models(shipped, processor, mixed):
 def test_every_position_draws_anew(shipped, processor, mixed):
     """One uniform for all positions of a response would tie its tokens together."""
     [group] = sample(shipped, processor, mixed[:1], samples=200, temperature=50.0, max_tokens=2)
-    first, second = np.array([r for r in group.responses if len(r) == 2]).T
+    first, second = np.array([r for r in ids(group) if len(r) == 2]).T
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
 
 
@@ -249,26 +256,26 @@ def test_a_response_does_not_depend_on_rows_that_leave(shipped, processor, mixed
     """Hot enough that lengths differ: where rows leave, those that stay must keep their own uniforms."""
     options = {"samples": 3, "temperature": 4.0, "max_tokens": 60}
     want = sample(shipped, processor, mixed, **options)
-    assert len({-(-len(r) // CHECK) for g in want for r in g.responses}) > 1
+    assert len({-(-len(r) // CHECK) for r in ids(*want)}) > 1
     for record, group in zip(mixed, want):
-        assert sample(shipped, processor, [record], **options)[0].responses == group.responses
+        assert ids(*sample(shipped, processor, [record], **options)) == ids(group)
 
 
 def test_a_response_does_not_depend_on_its_batch(shipped, processor, mixed):
     """Drawn from one stream, a response changes with what stands beside it, with batch sizes and processes."""
-    want = {g.record.id: g.responses for g in sample(shipped, processor, mixed, samples=3)}
+    want = {g.record.id: ids(g) for g in sample(shipped, processor, mixed, samples=3)}
     for chosen, options in ((mixed[::-1], {}), (mixed, {"max_rows": 3}), (mixed[1:2], {}), (mixed, {"samples": 2}),
                             (mixed, {"max_tokens": 7})):
         for g in sample(shipped, processor, chosen, **{"samples": 3} | options):
             cut = options.get("max_tokens")
-            assert g.responses == [r[:cut] for r in want[g.record.id][:len(g.responses)]]
+            assert ids(g) == [r[:cut] for r in want[g.record.id][:len(g.samples)]]
 
 
 def test_a_row_alone_is_the_row_in_a_batch(shipped, processor, mixed):
     """Left padding must not leak into positions or attention."""
     together = sample(shipped, processor, mixed, samples=1, temperature=0)
     for i, record in enumerate(mixed):
-        assert sample(shipped, processor, [record], samples=1, temperature=0)[0].responses == together[i].responses
+        assert ids(*sample(shipped, processor, [record], samples=1, temperature=0)) == ids(together[i])
 
 
 def test_swapped_and_removed_pictures_are_noticed(shipped, processor, mixed):
@@ -281,7 +288,7 @@ def test_swapped_and_removed_pictures_are_noticed(shipped, processor, mixed):
         wrong = response_logprobs(shipped, processor, swapped, 1.0)[0]
     assert (right - wrong).abs().max() > 1e-3
     with pytest.raises(ValueError):
-        blind = [replace(prompts[0], pixels=None), prompts[1]]
+        blind = [replace(prompts[0], pixels=None, grid=None), prompts[1]]
         response_logprobs(shipped, processor, [Packed(p, responses) for p in blind], 1.0)
 
 
@@ -291,10 +298,11 @@ def test_placeholders_match_the_grid(processor, mixed):
     for prompt in prompts:
         want = 0 if prompt.grid is None else int(prompt.grid.prod(1).sum()) // 4
         assert (prompt.ids == processor.image_id).sum() == want
-    batch = processor.collate(prompts, [[50], [51, 52], [], [53]])
+    batch = processor.collate(prompts)
     assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == processor.image_id)
     assert batch["pixel_values"].shape[0] == batch["image_grid_thw"].prod(1).sum()
-    assert batch["attention_mask"].sum(1).tolist() == [len(p.ids) + n for p, n in zip(prompts, [1, 2, 0, 1])]
+    assert batch["attention_mask"].sum(1).tolist() == [len(p.ids) for p in prompts]
+    assert (batch["attention_mask"][:, -1] == 1).all(), "padded on the left"
 
 
 def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
@@ -304,8 +312,7 @@ def test_a_hostile_generation_config_is_not_inherited(model, processor, mixed):
         do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.5, min_new_tokens=12,
         eos_token_id=9, forced_eos_token_id=7, no_repeat_ngram_size=1)
     got = sample(model, processor, mixed[:1], samples=8, temperature=2.0)
-    assert got[0].responses == want[0].responses
-    assert len({tuple(r) for r in got[0].responses}) == 8
+    assert ids(*got) == ids(*want) and len({tuple(r) for r in ids(*got)}) == 8
     assert model.generation_config is hostile
 
 
@@ -322,7 +329,7 @@ def test_vision_tokens_have_probability_zero(model, processor, mixed):
     with torch.no_grad():
         model.lm_head.weight[processor.vision_ids] = 10 * model.lm_head.weight.abs().mean()  # make them attractive
     groups = sample(model, processor, mixed[:1], samples=16)
-    assert not set(processor.vision_ids) & {t for r in groups[0].responses for t in r}
+    assert not set(processor.vision_ids) & {t for r in ids(*groups) for t in r}
     [prompt] = encode(processor, mixed[:1])
     logp, _, _ = response_logprobs(model, processor, [Packed(prompt, [[processor.vision_ids[0]]])], 1.0)
     assert logp.item() == float("-inf")
@@ -336,8 +343,8 @@ def test_responses_end_at_the_first_of_several_stop_tokens(shipped, processor, m
     steps = iter(rows.T)
     monkeypatch.setattr(rollout, "draw", lambda logp, uniform: next(steps))
     [group] = sample(shipped, processor, mixed[:1], samples=4, max_tokens=4)
-    assert group.responses == [[60, 61, im_end], [60, eot], [60, 61, 62, 63], [im_end]]
-    assert group.truncated == [False, False, True, False]
+    assert ids(group) == [[60, 61, im_end], [60, eot], [60, 61, 62, 63], [im_end]]
+    assert [s.truncated for s in group.samples] == [False, False, True, False]
 
 
 def test_mask_counts_the_stop_token_even_where_it_is_the_pad_token(shipped, processor, mixed):
@@ -353,10 +360,10 @@ def test_mask_counts_the_stop_token_even_where_it_is_the_pad_token(shipped, proc
 
 def test_entropy_is_of_the_sampling_distribution(shipped, processor, mixed):
     """By hand, from the full logits of one position."""
-    prompt = encode(processor, mixed[:1])
+    [prompt] = encode(processor, mixed[:1])
     with torch.no_grad():
-        _, entropy, _ = response_logprobs(shipped, processor, [Packed(prompt[0], [[60]])], 0.5)
-        logits = shipped(**processor.collate(prompt)).logits[0, -1] / 0.5
+        _, entropy, _ = response_logprobs(shipped, processor, [Packed(prompt, [[60]])], 0.5)
+        logits = shipped(**pad(processor, [prompt], [[]])).logits[0, -1] / 0.5
     logits[processor.vision_ids] = float("-inf")
     p = logits.softmax(-1)
     assert entropy.item() == pytest.approx(-(p[p > 0] * p[p > 0].log()).sum().item(), abs=1e-5)
@@ -367,7 +374,7 @@ def test_seeds_decide_and_the_global_random_state_is_left_alone(shipped, process
     state = torch.get_rng_state()
     first, again, other = (sample(shipped, processor, mixed, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert [g.responses for g in first] == [g.responses for g in again] != [g.responses for g in other]
+    assert ids(*first) == ids(*again) != ids(*other)
 
 
 def test_prompts_in_batches_come_back_in_order(shipped, processor, mixed):
@@ -376,7 +383,7 @@ def test_prompts_in_batches_come_back_in_order(shipped, processor, mixed):
     greedy = {"samples": 1, "temperature": 0}
     small, large = (sample(shipped, processor, records, **greedy, max_rows=rows) for rows in (1, 64))
     assert [g.record.id for g in small] == [r.id for r in records]
-    assert [g.responses for g in small] == [g.responses for g in large]
+    assert ids(*small) == ids(*large)
 
 
 def test_saved_and_loaded_again_gives_the_same_logits(shipped, processor, mixed, tmp_path):
@@ -394,8 +401,8 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
     """Qwen2-VL and Qwen3-VL, tiny and random, with the toy's tokenizer."""
     shape = {"vocab_size": len(processor.tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"image_token_id": processor.image_id, "vision_start_token_id": processor.vision_ids[0],
-           "vision_end_token_id": processor.vision_ids[1], "video_token_id": processor.vision_ids[-1]}
+    marks = {"image_token_id": processor.image_id, "vision_start_token_id": processor.vision_ids[0],
+             "vision_end_token_id": processor.vision_ids[1], "video_token_id": processor.vision_ids[-1]}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     families = {
         "qwen2_vl": {"text_config": shape | {"rope_parameters": rope},
@@ -406,19 +413,14 @@ def test_other_model_families_score_as_they_sample(processor, mixed, tmp_path):
     }
     for family, settings in families.items():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **settings, **ids)
+        config = AutoConfig.for_model(family, **settings, **marks)
         AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / family)
         policy = load_policy(str(tmp_path / family)).eval()
         groups = sample(policy, processor, mixed, samples=3)
-        want, _ = plain_logprobs(policy, processor, [g.prompt for g in groups for _ in range(3)],
-                                 [r for g in groups for r in g.responses], 1.0)
+        want, _ = plain_logprobs(policy, processor, [g.prompt for g in groups for _ in range(3)], ids(*groups), 1.0)
         torch.testing.assert_close(padded(groups), want, atol=1e-5, rtol=0, msg=family)
         got = response_logprobs(policy, processor, packed(groups), 1.0)[0]
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0, msg=family)
-        parts = train.memory(config, train.Config(gradient_checkpointing=False), 1)
-        keys = 2 * 2 * (32 if family == "qwen3_vl" else 64 // 4)
-        assert parts["cache"] * 1e9 == 4 * 256 * (9216 + 8192) * keys, "each family names its widths otherwise"
-        assert parts["activations"] > train.memory(config, train.Config(), 1)["activations"], "one layer, or all"
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -426,10 +428,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert rollout.best_device().type == "cuda"
+    assert rollout.claim_device().type == "cuda"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 processes for 2 GPUs"):
-        rollout.best_device()
+        rollout.claim_device()
 
 
 def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):

@@ -16,11 +16,8 @@ import pytest
 import ranks
 import torch
 from conftest import ROOT, lines, weights
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-import train
-from train import checkpoints, damage, main
+from train import checkpoints, main, newest_whole
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
@@ -46,18 +43,14 @@ def two(torchrun, tmp_path_factory) -> Path:
     """What two processes make of every scenario."""
     folder = tmp_path_factory.mktemp("two")
     process = torchrun("tests/ranks.py", ",".join(ranks.SCENARIOS), str(folder))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     return folder
 
 
 def saved(folder: Path) -> dict:
     """A scenario's outcome, from its checkpoint."""
-    path = folder / "checkpoint-000000"
-    state = json.loads((path / "trainer/state.json").read_text())
-    moments = {f"{kind} {name}": value for kind in train.MOMENTS
-               for name, value in load_file(path / f"trainer/{kind}.safetensors").items()}
-    return state | {"weights": dict(ranks.load_policy(str(path)).named_parameters()), "moments": moments}
+    return ranks.saved(folder / "checkpoint-000000")
 
 
 def assert_same(got: dict, want: dict) -> None:
@@ -114,12 +107,12 @@ def close_to(run: Path, whole: Path) -> None:
     for got, want in zip(lines(run), lines(whole), strict=True):
         got.pop("sampler_gap", 0), want.pop("sampler_gap", 0)  # (rounding, and nothing else)
         assert got == (want if "eval" in want else pytest.approx(want, rel=1e-3, abs=1e-5))
-    texts = [[[r["text"] for r in json.loads(line)["responses"]]
-              for line in (folder / "responses.jsonl").read_text().splitlines()] for folder in (run, whole)]
+    texts = [[json.loads(line)["response"] for line in (folder / "responses.jsonl").read_text().splitlines()]
+             for folder in (run, whole)]
     assert texts[0] == texts[1]
     got, want = weights(run), weights(whole)
     for name, value in want.items():
-        if name.startswith("model "):
+        if not name.startswith("exp_avg"):
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=0, msg=name)
 
 
@@ -128,13 +121,14 @@ def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole
     hands it on), and the rest of one: the run that one process made in one go."""
     run = stopped_run(2)
     assert checkpoints(run)[-1].name == "checkpoint-000002"
-    process, start = torchrun("train.py", *small, "--out", str(run), "--resume"), time.time()
-    while process.poll() is None and lines(run)[-1]["step"] < 4 and time.time() < start + 100:
+    process = torchrun("train.py", *small, "--out", str(run), "--resume")
+    while process.poll() is None and lines(run)[-1]["step"] < 4:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert "resumed from" in output and "stopped after step" in output, output
-    assert 4 <= int(checkpoints(run)[-1].name[-6:]) < 6 and damage(checkpoints(run)[-1]) is None
+    newest = checkpoints(run)[-1]
+    assert 4 <= int(newest.name[-6:]) < 6 and newest_whole(run) == newest
     main([*small, "--out", str(run), "--resume"])
     close_to(run, whole_run)
 
@@ -143,71 +137,16 @@ def test_a_rank_that_fails_ends_the_others_with_its_error(torchrun, small, tmp_p
     """And a rank to which no prompt fell hangs nobody: here a rollout is one prompt."""
     options = [*small, "--prompts-per-rollout", "1", "--updates-per-rollout", "1", "--test", ""]
     process = torchrun("tests/ranks.py", "die", str(tmp_path), *options, "--out", str(tmp_path / "run"))
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate()
     assert process.returncode != 0 and "RuntimeError: rank 1 has had enough" in output
     assert [line["step"] for line in lines(tmp_path / "run")] == [1]
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)  # of the published config.json
-MODELS = {"3b": (3_754_622_976, VISION | {"out_hidden_size": 2048}, dict(
-    hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
-    vocab_size=151936, tie_word_embeddings=True)), "7b": (8_292_166_656, VISION | {"out_hidden_size": 3584}, dict(
-        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
-        vocab_size=152064, tie_word_embeddings=False))}
-OFFLOAD = "--offload --rollout-rows 8 --max-prompt-tokens 4096 --max-response-tokens 1024 --micro-tokens 8192"
-
-
-def model_config(preset: str) -> Qwen2_5_VLConfig:
-    _, vision, text = MODELS[preset]
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
-
-
-def table() -> dict[str, dict[str, float]]:
-    """README's columns -> what train.memory says."""
-    columns = {"3B on 8 x 80 GB": ("3b", 8, "--kl-coef 0.01"), "7B on 8 x 80 GB": ("7b", 8, "--kl-coef 0.01"),
-               "3B on 1 x 141 GB": ("3b", 1, "--kl-coef 0.01"), "3B on 1 x 24 GB, off-loaded": ("3b", 1, OFFLOAD)}
-    return {column: train.memory(model_config(preset), train.parse_config(
-        ["--preset", preset, "--data", "ladder/", *options.split()]), processes)
-        for column, (preset, processes, options) in columns.items()}
-
-
-def test_the_readmes_memory_table_is_computed():
-    """And says that the presets fit: 2% are left for what torch keeps for itself."""
-    found, readme = table(), (ROOT / "README.md").read_text()
-    assert f"| GB a GPU | {' | '.join(found)} |" in readme and OFFLOAD in readme
-    for part in next(iter(found.values())):
-        assert f"| {part} | {' | '.join(f'{found[column][part]:.1f}' for column in found)} |" in readme
-    for column, parts in found.items():
-        assert parts["peak"] < 0.98 * float(column.split(" x ")[1].split()[0]), column
-
-
-@pytest.mark.parametrize("preset", MODELS)
-def test_the_table_counts_the_published_models(preset):
-    """To the parameter, as the hub has them."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(model_config(preset))
-    assert sum(p.numel() for p in model.parameters()) == MODELS[preset][0]
-
-
-def test_memory_by_hand():
-    """A cache of two rows of ten tokens of the toy; and shares, moments and gradients of its weights."""
-    toy = ranks.load_policy(str(ranks.TOY / "model"))
-    n, text = toy.num_parameters(), toy.config.text_config
-    cfg = train.Config(rollout_rows=2, max_prompt_tokens=6, max_response_tokens=4, kl_coef=0.1)
-    found = train.memory(toy.config, cfg, 4)
-    keys = text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    assert found["cache"] * 1e9 == 2 * 10 * 2 * keys * 2  # rows, tokens, keys and values, bytes
-    assert [found[name] * 1e9 for name in ("weights", "gradients", "moments", "replica", "reference")] == pytest.approx(
-        [n, n, 2 * n, 2 * n, n / 2])
 
 
 # --- kills (slow) ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others_within_a_minute(torchrun, small, whole_run, tmp_path):
+def test_a_rank_that_is_killed_ends_the_others(torchrun, small, whole_run, tmp_path):
     """As the kernel does when memory runs out. The run goes on from the last save and is the same."""
     run = tmp_path / "run"
     process = torchrun("train.py", *small, "--out", str(run), "--save-every", "1")
@@ -217,9 +156,8 @@ def test_a_rank_that_is_killed_ends_the_others_within_a_minute(torchrun, small, 
     ours = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ours) == 2
     os.kill(ours[1], signal.SIGKILL)
-    start = time.time()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and time.time() - start < 60
-    assert damage(checkpoints(run)[-1]) is None
+    output, _ = process.communicate()  # (ends)
+    newest = checkpoints(run)[-1]
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and newest_whole(run) == newest
     main([*small, "--out", str(run), "--resume", "--save-every", "1"])
     close_to(run, whole_run)

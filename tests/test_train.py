@@ -13,11 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOY, lines, weights
+from plain import pad
 
 import train
-from data import Processor, Record, save_records
-from rewards import Rewards, group_rewards, score_groups
-from rollout import Packed, load_policy, response_logprobs, sample_groups
+from curriculum import Batch
+from data import Processor, Record, load_records, save_records
+from eval import judge, read_responses
+from rewards import Response, Rewards, group_rewards
+from rollout import Packed, Policy, load_policy, response_logprobs, sample_groups
 from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ def test_learning_rate_by_hand():
 
 @pytest.fixture(scope="module")
 def rollout(processor, shipped, test_set):
-    """Four groups of four sampled responses; rewards made up so that every group but the last has a signal."""
+    """Four groups of four sampled responses, judged; rewards made up so that every group but the last has a signal."""
     records = test_set[:4]
     prompts = [processor.encode(r, "observe") for r in records]
     groups = sample_groups(shipped, processor, records, prompts, samples=4, temperature=1.0, max_tokens=40, seed=0)
@@ -95,13 +98,18 @@ def rollout(processor, shipped, test_set):
     advantages = torch.randn(4, 4, generator=generator)
     advantages[3] = 0
     nothing = torch.zeros(4, 4)
-    return groups, Rewards(nothing, nothing, nothing, nothing, torch.ones(4), advantages,
-                           torch.tensor([True, True, True, False]), nothing, [[None] * 4] * 4)
+    return groups, judge(groups, "observe"), Rewards(nothing, nothing, nothing, nothing, torch.ones(4), advantages,
+                                                     torch.tensor([True, True, True, False]), nothing)
 
 
 def config(**changes) -> Config:
     return Config(**({"prompts_per_rollout": 4, "group_size": 4, "micro_tokens": 900, "lr": 1e-3, "grad_clip": 1e9,
                       "max_response_tokens": 40} | changes))
+
+
+def policy(model, processor, optimizer=None, reference=None) -> Policy:
+    """One that samples with the trained model itself, as on one CPU."""
+    return Policy(model, model, reference, optimizer or torch.optim.SGD(model.parameters()), processor)
 
 
 def gradients(model, processor, rollout, cfg, reference=None) -> tuple[dict[str, torch.Tensor], dict]:
@@ -112,7 +120,8 @@ def gradients(model, processor, rollout, cfg, reference=None) -> tuple[dict[str,
         def step(self):
             caught.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
-    stats = update(model, reference, processor, Catch(model.parameters(), lr=0.0), *rollout, [0.0], cfg)
+    catching = policy(model, processor, Catch(model.parameters(), lr=0.0), reference)
+    stats = update(catching, *rollout, [0.0], cfg)
     return caught, stats
 
 
@@ -138,12 +147,12 @@ def test_first_update_is_reinforce(model, processor, rollout):
     got, stats = gradients(model, processor, rollout, config())
     assert stats["ratio"] == pytest.approx(1, abs=1e-6) and stats["clip_low"] == stats["clip_high"] == 0
     assert stats["approx_kl"] == 0
-    groups, rewards = rollout
+    groups, _, rewards = rollout
     model.zero_grad()
-    tokens = sum(len(r) for g in groups[:3] for r in g.responses)
+    tokens = sum(len(s.ids) for g in groups[:3] for s in g.samples)
     for group, advantages in zip(groups[:3], rewards.advantages):
-        for response, advantage in zip(group.responses, advantages):
-            inputs = processor.collate([group.prompt], [response])
+        for response, advantage in zip([s.ids for s in group.samples], advantages):
+            inputs = pad(processor, [group.prompt], [response])
             logp = model(**inputs).logits[0, -len(response) - 1:-1].index_fill(
                 -1, torch.tensor(processor.vision_ids), float("-inf")).log_softmax(-1)
             chosen = logp[torch.arange(len(response)), response]
@@ -154,10 +163,10 @@ def test_first_update_is_reinforce(model, processor, rollout):
 
 def test_rows_and_micro_batches_keep_to_the_budget(rollout):
     """A group over the budget is split, its prompt repeated; a response over it stands alone; none is lost."""
-    groups, _ = rollout
+    groups, *_ = rollout
     for budget in (1, 150, 400, 1000, 10**6):
         rows = [row for g in groups for row in train.pack_group(g, [0.1, 0.2, 0.3, 0.4], [0, 1, 3], budget)]
-        assert [r for row in rows for r in row.responses] == [g.responses[i] for g in groups for i in (0, 1, 3)]
+        assert [r for row in rows for r in row.responses] == [g.samples[i].ids for g in groups for i in (0, 1, 3)]
         assert [a for row in rows for a in row.advantages] == [0.1, 0.2, 0.4] * len(groups)
         assert all(len(row) <= budget or len(row.responses) == 1 for row in rows)
         rows[0].responses[0] = rows[0].responses[0] * 4  # unequal rows: padding counts too
@@ -171,9 +180,9 @@ def test_rows_and_micro_batches_keep_to_the_budget(rollout):
 def test_nothing_is_forwarded_in_vain(model, processor, rollout, monkeypatch, updates, forwards, rows):
     """One forward an update; one more for "old" log-probs from the second on; none for the group without signal."""
     calls, real = [], train.response_logprobs
-    monkeypatch.setattr(train, "response_logprobs", lambda *args, **o: calls.append(len(args[2])) or real(*args, **o))
-    update(model, None, processor, torch.optim.SGD(model.parameters()), *rollout, [0.0] * updates,
-           config(micro_tokens=10**6))
+    monkeypatch.setattr(train, "response_logprobs",
+                        lambda *args, rows, **given: calls.append(len(rows)) or real(*args, rows=rows, **given))
+    update(policy(model, processor), *rollout, [0.0] * updates, config(micro_tokens=10**6))
     assert len(calls) == forwards and sum(calls) == rows
 
 
@@ -181,7 +190,7 @@ def test_logits_of_a_whole_batch_never_exist(model, processor, rollout):
     """[tokens, V] of a micro-batch would be the largest tensor of the step, growing with the responses."""
     sizes = []
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
-    rows = [Packed(g.prompt, g.responses) for g in rollout[0]]
+    rows = [Packed(g.prompt, [s.ids for s in g.samples]) for g in rollout[0]]
     response_logprobs(model, processor, rows, 1.0, chunk=50)[0].sum().backward()
     tokens = sum(len(r) for row in rows for r in row.responses)
     assert max(shape[0] for shape in sizes) <= 50 and sum(shape[0] for shape in sizes) == 2 * tokens  # and in backward
@@ -190,15 +199,14 @@ def test_logits_of_a_whole_batch_never_exist(model, processor, rollout):
 def test_the_sampler_gap_is_nil_in_fp32(model, processor, rollout):
     """The one figure that tells, in a run's log, that sampler and trainer are no longer the same policy."""
     assert gradients(model, processor, rollout, config())[1]["sampler_gap"] < 1e-5
-    groups = [replace(g, logprobs=[p - 0.5 for p in g.logprobs]) for g in rollout[0]]
-    stats = gradients(model, processor, (groups, rollout[1]), config())[1]
+    groups = [replace(g, samples=[replace(s, logprobs=s.logprobs - 0.5) for s in g.samples]) for g in rollout[0]]
+    stats = gradients(model, processor, (groups, *rollout[1:]), config())[1]
     assert stats["sampler_gap"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_groups_without_signal_are_not_counted_unless_asked(model, processor, rollout):
     """The official code's weight-0 groups still shrink everyone else's step, by their share of the tokens."""
-    groups, _ = rollout
-    tokens = [sum(map(len, g.responses)) for g in groups]
+    tokens = [sum(len(s.ids) for s in g.samples) for g in rollout[0]]
     dropped, _ = gradients(model, processor, rollout, config())
     counted, stats = gradients(model, processor, rollout, config(count_no_signal=True))
     assert stats["ratio"] == pytest.approx(1), "a mean over the tokens that were scored, whatever is counted"
@@ -208,27 +216,27 @@ def test_groups_without_signal_are_not_counted_unless_asked(model, processor, ro
 
 def test_no_signal_anywhere_takes_no_step(model, processor, rollout):
     """Adam's momentum alone would move the weights: with no signal, and with every response cut off and masked."""
-    groups, rewards = rollout
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    update(model, None, processor, optimizer, groups, rewards, [1e-4], config())  # gives Adam its momentum
+    groups, responses, rewards = rollout
+    moved = policy(model, processor, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    update(moved, *rollout, [1e-4], config())  # gives Adam its momentum
     before = copy.deepcopy(model.state_dict())
     nothing = replace(rewards, signal=torch.zeros(4, dtype=torch.bool), advantages=torch.zeros(4, 4))
-    cut = [replace(g, truncated=[True] * 4) for g in groups]
-    for given, worth, changes in ((groups, nothing, {}), (cut, rewards, {"mask_truncated": True})):
-        assert update(model, None, processor, optimizer, given, worth, [1.0], config(**changes)) == {"updates": 0}
+    cut = [[replace(r, truncated=True) for r in group] for group in responses]
+    for given, worth, changes in ((responses, nothing, {}), (cut, rewards, {"mask_truncated": True})):
+        assert update(moved, groups, given, worth, [1.0], config(**changes)) == {"updates": 0}
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_truncated_responses_can_be_left_out(model, processor, rollout):
     """Masked, they count neither in the sum nor in the denominator; unmasked they do."""
-    groups, rewards = rollout
-    cut = [replace(g, truncated=[True, False, False, False]) for g in groups]
+    groups, responses, rewards = rollout
+    cut = [[replace(r, truncated=g == 0) for g, r in enumerate(group)] for group in responses]
     zeroed = replace(rewards, advantages=rewards.advantages.clone())
     zeroed.advantages[:, 0] = 0
-    masked, _ = gradients(model, processor, (cut, rewards), config(mask_truncated=True))
-    by_hand, _ = gradients(model, processor, (cut, zeroed), config())
-    tokens = sum(len(r) for g in groups[:3] for r in g.responses)
-    kept = sum(len(r) for g in groups[:3] for r in g.responses[1:])
+    masked, _ = gradients(model, processor, (groups, cut, rewards), config(mask_truncated=True))
+    by_hand, _ = gradients(model, processor, (groups, cut, zeroed), config())
+    tokens = sum(len(s.ids) for g in groups[:3] for s in g.samples)
+    kept = sum(len(s.ids) for g in groups[:3] for s in g.samples[1:])
     name = "model.language_model.norm.weight"
     torch.testing.assert_close(masked[name] * kept, by_hand[name] * tokens, rtol=1e-4, atol=1e-5)
 
@@ -236,14 +244,13 @@ def test_truncated_responses_can_be_left_out(model, processor, rollout):
 def test_later_updates_of_a_rollout_use_the_sampling_policys_logprobs(model, processor, rollout):
     """With "old" recomputed at each update the ratio would be 1 forever and clipping inert."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stats = update(model, None, processor, optimizer, *rollout, [1e-2, 1e-2], config())
+    stats = update(policy(model, processor, optimizer), *rollout, [1e-2, 1e-2], config())
     assert stats["updates"] == 2 and abs(stats["ratio"] - 1) > 1e-6 and stats["approx_kl"] > 0
 
 
 def test_old_logprobs_stay_with_their_responses(model, processor, rollout):
     """Handed to a neighbour of the same row, they make ratios that clip at random in every update but the first."""
-    stats = update(model, None, processor, torch.optim.SGD(model.parameters()), *rollout, [0.0, 0.0],
-                   config(micro_tokens=10**6))
+    stats = update(policy(model, processor), *rollout, [0.0, 0.0], config(micro_tokens=10**6))
     assert stats["updates"] == 2 and stats["ratio"] == pytest.approx(1, abs=1e-5) and abs(stats["approx_kl"]) < 1e-8
 
 
@@ -251,7 +258,7 @@ def test_every_weight_moves_at_the_papers_learning_rate(model, processor, rollou
     """In bf16 a step of 1e-6 rounds away: 2% of the weights would move at all."""
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
-    update(model, None, processor, optimizer, *rollout, [1e-6], config())
+    update(policy(model, processor, optimizer), *rollout, [1e-6], config())
     moved = {n: (before[n] != p).float().mean().item() for n, p in model.named_parameters()}
     weights = [m for n, m in moved.items() if "embed_tokens" not in n]  # (rows of unused tokens stay)
     assert sum(weights) / len(weights) > 0.5 and min(weights) > 0
@@ -261,18 +268,18 @@ def test_frozen_vision_tower_stays(processor, rollout):
     model = load_policy(str(TOY / "model"), freeze_vision=True)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    update(model, None, processor, optimizer, *rollout, [1e-3], config())
+    update(policy(model, processor, optimizer), *rollout, [1e-3], config())
     for name, value in model.state_dict().items():
         assert torch.equal(before[name], value) == ("visual" in name), name
 
 
 def test_a_non_finite_loss_leaves_the_weights_alone(model, processor, rollout):
-    groups, rewards = rollout
+    groups, responses, rewards = rollout
     before = copy.deepcopy(model.state_dict())
     bad = replace(rewards, advantages=rewards.advantages.clone())
     bad.advantages[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="loss is nan"):
-        update(model, None, processor, torch.optim.AdamW(model.parameters()), groups, bad, [1.0], config())
+        update(policy(model, processor, torch.optim.AdamW(model.parameters())), groups, responses, bad, [1.0], config())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -280,18 +287,19 @@ def test_it_can_learn(model, processor, test_set):
     """One prompt that is mostly failed: from under 0.5 to over 0.9, or the chain from sampling to step points wrong."""
     record = next(r for r in test_set if 0.6 < r.difficulty < 0.8)
     prompt = processor.encode(record, "observe")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    learner = policy(model, processor, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0))
     cfg = config(group_size=16, micro_tokens=8192)
     history = []
     for step in range(40):
         groups = sample_groups(model, processor, [record, replace(record, id="again")], [prompt] * 2, samples=16,
                                temperature=1.0, max_tokens=160, seed=step)
-        lengths = torch.tensor([[len(r) for r in g.responses] for g in groups])
-        rewards = group_rewards(score_groups([g.texts for g in groups], [record] * 2, "observe"), lengths, bonus_coef=0)
+        responses = judge(groups, "observe")
+        lengths = torch.tensor([[r.tokens for r in group] for group in responses])
+        rewards = group_rewards(responses, lengths, bonus_coef=0)
         history.append(rewards.accuracy.mean().item())
         if len(history) > 3 and min(history[-3:]) > 0.9:
             break
-        update(model, None, processor, optimizer, groups, rewards, [1e-4], cfg)
+        update(learner, groups, responses, rewards, [1e-4], cfg)
     assert history[0] < 0.5 and min(history[-3:]) > 0.9, history
 
 
@@ -301,7 +309,7 @@ def test_it_can_learn(model, processor, test_set):
 def test_presets_then_options_prevail():
     assert parse_config([]).lr == train.PRESETS["toy"]["lr"]
     assert train.as_kept(parse_config([]))["model"] == "assets/toy/model", "no machine's path: clones are compared"
-    assert parse_config(["--lr", "0.5"]).lr == 0.5
+    assert parse_config(["--lr", "0.5"]).lr == 0.5 and not parse_config(["--no-normalize-std"]).normalize_std
     paper = parse_config(["--preset", "3b", "--data", "ladder"])
     assert (paper.lr, paper.group_size, paper.prompts_per_rollout, paper.updates_per_rollout) == (1e-6, 8, 128, 16)
     assert (paper.sigma, paper.bonus, paper.bonus_floor, paper.format_weight, paper.kl_coef) == (1.8, .2, 100, .5, 0)
@@ -321,7 +329,8 @@ def test_settings_that_cannot_be_meant_are_refused(args, told):
         parse_config(args)
 
 
-@pytest.mark.parametrize("args", [["--learning-rate", "1"], ["--order", "easy"], ["--preset", "70b"], ["--group", "8"]])
+@pytest.mark.parametrize("args", [["--learning-rate", "1"], ["--order", "easy"], ["--preset", "70b"], ["--group", "8"],
+                                  ["--max_pixels", "9999"]])
 def test_unknown_options_exit(args, capsys):
     """A misspelt option that is ignored costs a run; `--group` must not silently mean --group-size."""
     with pytest.raises(SystemExit):
@@ -344,8 +353,8 @@ def test_every_setting_has_help_and_a_checked_default():
 
 def test_a_run_leaves_everything_behind(whole_run):
     names = {p.name for p in whole_run.iterdir()}
-    assert names >= {"config.json", "environment.json", "generation_config.json", "metrics.jsonl", "responses.jsonl",
-                     "responses.html", "curves.png", "scores.json", "best.json", "checkpoint-000006",
+    assert names >= {"settings.json", "environment.json", "generation_config.json", "metrics.jsonl", "responses.jsonl",
+                     "responses.html", "curves.png", "scores.json", "best.json", "held-out", "checkpoint-000006",
                      "checkpoint-000004"}
     best = json.loads((whole_run / "best.json").read_text())
     greedy = {line["step"]: line["eval"]["greedy"]["accuracy"] for line in lines(whole_run) if "eval" in line}
@@ -353,8 +362,8 @@ def test_a_run_leaves_everything_behind(whole_run):
     assert best == {"checkpoint": f"checkpoint-{steps[0]:06d}", "accuracy": greedy[steps[0]]}
     assert ("checkpoint-000002" in names) == (steps[0] == 2), "the newest --keep 2 stay, and the best"
     assert "checkpoint.partial" not in names
-    config = json.loads((whole_run / "config.json").read_text())
-    assert config["lr"] == 1e-4 and set(config) == set(Config.__dataclass_fields__)
+    kept = json.loads((whole_run / "settings.json").read_text())
+    assert kept.pop("program") == "train.py" and kept["lr"] == 1e-4 and set(kept) == set(Config.__dataclass_fields__)
     environment = json.loads((whole_run / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"].split("+")[0])
     log = lines(whole_run)
@@ -367,22 +376,36 @@ def test_a_run_leaves_everything_behind(whole_run):
     assert again.num_parameters() > 1e6 and Processor(str(whole_run / "checkpoint-000006")).image_id
 
 
-def test_logged_numbers_by_hand(rollout):
+def test_responses_are_logged_one_a_line(small, whole_run):
+    """Two groups a rollout; a file that eval.py's `--responses` reads too."""
+    logged = [json.loads(line) for line in (whole_run / "responses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [step for step in range(1, 7) for _ in range(2 * 4)]
+    assert [line["sample"] for line in logged] == [0, 1, 2, 3] * 12 and len({line["id"] for line in logged}) == 12
+    for line in logged:
+        assert set(line) == {"step", "stage", "weight", "id", "sample", "response", "answer", "accuracy", "format",
+                             "observation", "tokens", "truncated", "bonus", "reward", "advantage"}
+        assert line["reward"] == pytest.approx(line["accuracy"] + 0.5 * line["format"] + line["bonus"])
+    read = read_responses(str(whole_run / "responses.jsonl"), "ladder", load_records(small[1]))
+    assert [len(responses) for responses in read.values()] == [4] * 12
+
+
+def test_logged_numbers_by_hand():
     """The official log leaves the bonus out of the reward; others show one micro-batch as the step."""
-    groups = [replace(rollout[0][0], responses=[[1] * n for n in lengths], truncated=[False, False, False, cut])
-              for lengths, cut in (([10, 20, 30, 40], True), ([50, 60, 70, 80], False), ([5, 5, 5, 5], False))]
+    responses = [[Response(None, 0, 0, None, tokens=n, truncated=cut and n == 40) for n in lengths]
+                 for lengths, cut in (([10, 20, 30, 40], True), ([50, 60, 70, 80], False), ([5, 5, 5, 5], False))]
     accuracy = torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     bonus = torch.tensor([[.2, 0, 0, 0], [0] * 4, [0] * 4])
     form = torch.ones(3, 4)
     observation = torch.tensor([[.5, 1, math.nan, math.nan], [math.nan] * 4, [math.nan] * 4])
     rewards = Rewards(accuracy, form, bonus, accuracy + .5 * form + bonus, torch.tensor([1.8, 0, 0]), torch.zeros(3, 4),
-                      torch.tensor([True, False, False]), observation, [[None] * 4] * 3)
-    assert train.step_metrics(groups, rewards) == pytest.approx({
+                      torch.tensor([True, False, False]), observation)
+    assert train.step_metrics(responses, rewards) == pytest.approx({
         "reward": (6 + 6 + .2) / 12, "accuracy": .5, "format": 1, "bonus": 1 / 12, "all_right": 1 / 3,
         "all_wrong": 1 / 3, "signal": 1 / 3, "weight": .6, "advantage_std": 0, "length": 380 / 12, "length_max": 80,
         "truncated": 1 / 12, "observation": .75})
-    [line] = train.log_groups(groups, rewards, step=3, stage=1, count=1)
-    assert [r["reward"] for r in line["responses"]] == pytest.approx([1.7, 1.5, .5, .5])
+    batch = Batch(1, [Record("r", "?", "1")] * 3, False)
+    logged = train.group_lines(batch, responses, rewards, step=3, count=1)
+    assert [line["reward"] for line in logged] == pytest.approx([1.7, 1.5, .5, .5])
 
 
 def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_run):
