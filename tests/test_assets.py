@@ -29,6 +29,7 @@ def test_differences_are_paired_by_problem():
     assert compare.difference([better], [{"other": ("other", 1.0)}]) is None
 
 
+@pytest.mark.run
 def test_intervals_hold_what_new_seeds_would_come_to():
     """Seeds drawn anew from four seeds, as problems are, would give intervals that hold the truth in 78% of cases."""
     rng, held = np.random.default_rng(0), []
@@ -40,6 +41,7 @@ def test_intervals_hold_what_new_seeds_would_come_to():
     assert np.mean(held[::2]) == pytest.approx(.95, abs=.04) and np.mean(held[1::2]) == pytest.approx(.96, abs=.04)
 
 
+@pytest.mark.run
 def test_the_noise_of_responses_is_counted_once():
     """Both problems and seeds show it: counted in both spreads, intervals of many noisy problems would be as wide as
     1.4 times what new responses change."""

@@ -326,6 +326,7 @@ def test_the_folder_loads_in_datasets_and_the_card_tells_all(command, pool, tmp_
     assert "| 1.000 | " in unpadded(shown) and shown.split("\n\n")[0] in card
 
 
+@pytest.mark.run
 def test_the_card_shows_the_picture_where_there_is_one(command, pool, tmp_path):
     """A card is not to point at a file that nobody drew; drawn and built again, it does."""
     out = tmp_path / "out"

@@ -281,6 +281,7 @@ def test_one_schema_of_responses_for_training_and_evaluation(test_set, whole_run
             assert line["accuracy"] in (0.0, 1.0) and isinstance(line["response"], str)
 
 
+@pytest.mark.run
 def test_curves_are_drawn_even_of_a_run_just_begun(tmp_path):
     step = {"step": 1, "stage": None, "reward": 0.5, "accuracy": 0.5, "length": 5.0}
     warnings.simplefilter("error")
