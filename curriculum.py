@@ -567,8 +567,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
     settings = to_measure(args, records) if raw else measured_with(args, records)
-    goes_on, dropped_ids = begun(args.out, {"program": "curriculum.py"} | settings, FREE), args.out / "dropped.json"
-    dropped = set(read_json(dropped_ids)) if goes_on and dropped_ids.exists() else set()
+    dropped_ids = args.out / "dropped.json"
+    goes_on = begun(args.out, {"program": "curriculum.py"} | settings, FREE) and dropped_ids.exists()
+    dropped = set(read_json(dropped_ids)) if goes_on else set()
     if raw and not goes_on:  # (checked once: it takes a while)
         usable = records
         for path in sorted({args.model, args.model if args.keep_simple else args.filter_model or args.model}):

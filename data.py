@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from rewards import gold_fault, infer_answer_type, last_boxed, normal_text, parse_number, read_gold, split_number
 
+T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
 QUIET = os.environ.get("RANK", "0") != "0"  # of several processes the first alone shows how far it is
 
@@ -275,7 +276,7 @@ def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = Fal
     return raise_or_skip(path_or_id, good, bad, skip_bad)
 
 
-def raise_or_skip(name: str, good: list[Record], bad: list[str], skip_bad: bool) -> list[Record]:
+def raise_or_skip(name: str, good: list[T], bad: list[str], skip_bad: bool) -> list[T]:
     """The good records, unless there are bad ones that may not be skipped: one ValueError for these."""
     count = f"{name}: {len(bad)} of {len(good) + len(bad)} records cannot be used"
     if bad and not (skip_bad and good):
@@ -305,8 +306,12 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
             return str(error)
         return gold_fault(record)
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        faults = list(tqdm(pool.map(fault, records), "checking", len(records), unit="problem", disable=QUIET))
+    faults: list[str | None] = []
+    with (tqdm(desc="checking", total=len(records), unit="problem", disable=QUIET) as bar,
+          ThreadPoolExecutor() as pool):  # Pillow decodes outside the GIL
+        for batch in batches(records):
+            faults += pool.map(fault, batch)
+            bar.update(len(batch))
     good = [record for record, found in zip(records, faults) if not found]
     return raise_or_skip("problems", good, [found for found in faults if found], skip_bad)
 

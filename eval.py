@@ -757,8 +757,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
     for label, made in rows.items():
         order[label] = longest_first(made, None if args.responses else processor)
         expected = ("null gold", "unverifiable") if label in BENCHMARKS else ()  # of a published row: not the user's
-        faults = [row.detail for row in made if isinstance(row, Dropped) and row.reason not in expected]
-        raise_or_skip(label, [row for row in made if isinstance(row, Record)], faults, args.skip_bad)
+        faults = [row for row in made if isinstance(row, Dropped) and row.reason not in expected]
+        raise_or_skip(label, [row for row in made if row not in faults], [row.detail for row in faults], args.skip_bad)
         if not order[label]:
             why = next((row.detail for row in made if isinstance(row, Dropped)), "")
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {why}")
