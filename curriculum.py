@@ -92,30 +92,7 @@ def measure(result: Result) -> Record:
         for r in result.responses])
 
 
-def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]:
-    """The simple-question filter, then N rollouts of what it leaves, on all ranks. A collective.
-
-    Raises ValueError when all problems are simple.
-    """
-    def measured(name: str, model: str, **sampling) -> list[Record]:
-        load = partial(load_to_sample, model, args.max_pixels)
-        results = roll_out(args.out, name, records, load, max_rows=args.rows, seed=args.sampling_seed,
-                           keep_texts=False, **sampling)
-        return [measure(result) for result in results]
-
-    if not args.keep_simple:
-        tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
-                         max_tokens=min(DIRECT_TOKENS, args.max_tokens))
-        records = [record for record, answered in zip(records, tried) if answered.difficulty]
-        if not records:
-            raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
-                             "--keep-simple with another --out")
-    return measured("rollouts", args.model, samples=SAMPLES, temperature=args.temperature, style=args.prompt,
-                    max_tokens=args.max_tokens)
-
-
 # --- the ladder -------------------------------------------------------------------------------------------------------
-
 
 def is_raw(record: Record) -> bool:
     """Was it never measured?"""
@@ -233,7 +210,6 @@ def stage_table(ladder: list[Record]) -> np.ndarray:
 
 # --- the order of training --------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Batch:
     """The problems of one rollout."""
@@ -254,8 +230,8 @@ def blocks_of(records: list[Record], order: str, stages: range | None) -> list[t
     for record in records:
         stage = level_of(record) if order == "sorted" else record.stage
         if stage is None:
-            raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, or train on "
-                             "the data as it is with --order random")
+            raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, or train "
+                             "on the data as it is with --order random")
         blocks.setdefault(stage, []).append(record)
     if stages is not None and (missing := [stage for stage in stages if stage not in blocks]):
         raise ValueError(f"the data has no stage {missing[0]}; its stages are {sorted(blocks)}")
@@ -450,7 +426,6 @@ def apply_review(records: list[Record], decisions: dict[str, tuple[str, Record |
 
 # --- the card of a ladder ---------------------------------------------------------------------------------------------
 
-
 def licence(source: str) -> str:
     """As the authors of a source publish it."""
     name = re.sub(r"[^a-z0-9]", "", source.lower())
@@ -498,7 +473,6 @@ def report(ladder: list[Record]) -> str:
 
 
 # --- from the command line --------------------------------------------------------------------------------------------
-
 
 def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
     """The records of all paths by id, at most `limit`. An id that stands in two of them is refused, or skipped."""
@@ -658,6 +632,28 @@ def show(argv: list[str]) -> None:
     parser.add_argument("ladder", help="file, folder or hub id")
     ladder = load_records(parser.parse_args(argv).ladder)
     print(report(ladder), "", *off_shares(stage_table(ladder), stage_sizes(len(ladder)), MIXING), sep="\n")
+
+
+def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]:
+    """The simple-question filter, then N rollouts of what it leaves, on all ranks. A collective.
+
+    Raises ValueError when all problems are simple.
+    """
+    def measured(name: str, model: str, **sampling) -> list[Record]:
+        load = partial(load_to_sample, model, args.max_pixels)
+        results = roll_out(args.out, name, records, load, max_rows=args.rows, seed=args.sampling_seed,
+                           keep_texts=False, **sampling)
+        return [measure(result) for result in results]
+
+    if not args.keep_simple:
+        tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
+                         max_tokens=min(DIRECT_TOKENS, args.max_tokens))
+        records = [record for record, answered in zip(records, tried) if answered.difficulty]
+        if not records:
+            raise ValueError(f"all {len(tried)} problems were answered right at once; bring harder ones, or pass "
+                             "--keep-simple with another --out")
+    return measured("rollouts", args.model, samples=SAMPLES, temperature=args.temperature, style=args.prompt,
+                    max_tokens=args.max_tokens)
 
 
 def main() -> None:

@@ -493,7 +493,6 @@ def infer_answer_type(golds: tuple[str, ...], choices: tuple[str, ...]) -> str:
 
 # --- golds ------------------------------------------------------------------------------------------------------------
 
-
 def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tuple[str, ...], tuple[str, ...], str]:
     """A gold and its options as data has them -> (gold, or all accepted ones; options; answer type, inferred if empty).
 

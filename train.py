@@ -342,7 +342,6 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-
 def setting(default, help: str, low: float = -math.inf, high: float = math.inf, technical: bool = False):
     """A field of Config. low, high: bounds, both allowed (just above 0: TINY). technical: changes memory, speed or what
     is kept, and not the steps (but by rounding): it may differ on --resume, and between runs that are compared."""
@@ -516,7 +515,6 @@ def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------
-
 
 class Run:
     """A run's folder: its log, its checkpoints, its held-out scores, and the pictures of them.
@@ -843,7 +841,6 @@ def environment() -> dict:
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
