@@ -36,7 +36,7 @@ import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from concurrent.futures import ThreadPoolExecutor, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
@@ -591,7 +591,11 @@ class Verifier:
         for _ in range(3):
             pool = self._running()
             try:
-                return pool.schedule(_verify, args=[gold, answer, self.timeout], timeout=self.timeout).result()
+                asked = pool.schedule(_verify, args=[gold, answer, self.timeout], timeout=self.timeout)
+                while not wait([asked], timeout=1).done:
+                    if not pool.active:  # it broke while the question was on its way, and will never answer
+                        raise BrokenProcessPool
+                return asked.result()
             except TimeoutError:
                 self.timeouts += 1
                 return False

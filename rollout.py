@@ -367,9 +367,10 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
             before += [b * shape[1] + place for place in (len(prompt) - 1, *range(start, end - 1))]
             start = end
     inputs = {"input_ids": ids, "position_ids": positions}
-    pixels = [row.prompt.pixels for row in rows if row.prompt.pixels is not None]
-    grids = [row.prompt.grid for row in rows if row.prompt.grid is not None]
-    if pixels:
+    pictures = [(prompt.pixels, prompt.grid) for prompt in (row.prompt for row in rows)
+                if prompt.pixels is not None and prompt.grid is not None]
+    if pictures:
+        pixels, grids = zip(*pictures)
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
     device = device_of(model)
     targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])

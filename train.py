@@ -58,9 +58,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -540,15 +539,18 @@ class Run:
         self.saved = -1  # step of the newest checkpoint
         if self.newest:
             state = read_json(self.newest / "trainer" / "state.json")
-            if state["data"] != self.data:
-                raise ValueError(f"{self.folder} holds a run of other data: {state['data']} there, {self.data} now; "
-                                 "give what it began with, or another --out")
+            for name, now in self.data.items():
+                if state["data"][name] != now:
+                    raise ValueError(f"{self.folder} holds a run of other data: {name}: {state['data'][name]} there, "
+                                     f"{now} now; give what it began with, or another --out")
             curriculum.load_state_dict(state["curriculum"])
             load_moments(self.newest, policy, state["steps"])
             self.saved = curriculum.position
         self.evals = on_rank_0(self._open)
         self.tracker = None
         if cfg.tracker != "none":
+            from accelerate import Accelerator  # (its import takes a while)
+
             self.tracker = Accelerator(cpu=not torch.cuda.is_available(), project_dir=self.folder, log_with=cfg.tracker)
             self.tracker.init_trackers(self.folder.name, config=asdict(cfg))
         if self.chief:
@@ -871,7 +873,8 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
         if chief:
             steps = {name: int(policy.optimizer.state[p]["step"]) for name, p in policy.model.named_parameters()
                      if p in policy.optimizer.state}  # (a weight that had no gradient in some step has taken fewer)
-            write_json(aside / "trainer" / "state.json", state | {"steps": steps})
+            files = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
+            write_json(aside / "trainer" / "state.json", state | {"steps": steps, "files": files})
             for file in [*sorted(aside.rglob("*")), aside]:
                 sync(file)
             os.replace(aside, path)
@@ -916,22 +919,16 @@ def sync(path: Path) -> None:
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint that can be read, None where there are none at all; others are set aside, and said so.
 
-    Read: each file is as long as it says and its JSON is JSON, which is what a disk or a copy cuts off. Raises
-    ValueError when none can be.
+    Read: each file is there and as long as it was, which is where a full disk or half a copy shows. Raises ValueError
+    when none can be.
     """
     damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
         try:
-            state = read_json(path / "trainer" / "state.json")
-            for file in path.glob("*.json"):
-                read_json(file)
-            files = sorted(path.rglob("*.safetensors"))
-            for file in files:
-                with safe_open(file, "pt") as tensors:  # (its header tells how long it must be)
-                    tensors.keys()
-            if state["steps"] and not any(file.parent.name == "trainer" for file in files):
-                raise ValueError("its moments are not there")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            files = read_json(path / "trainer" / "state.json")["files"]
+            if wrong := [name for name, size in files.items() if (path / name).stat().st_size != size]:
+                raise ValueError(f"{wrong[0]} is not as long as it was")
+        except (OSError, ValueError, KeyError) as error:
             tqdm.write(f"{path} is damaged: {error}; taking the one before it")
             damaged.append(path)
             continue

@@ -28,6 +28,15 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # (4 lines
 TOY = ROOT / "assets" / "toy"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks: `run` for what needs a run or a program of its own, `fast` for the rest; see pyproject.toml."""
+    for item in items:
+        if {"small", "torchrun", "two", "started"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("run")
+        if not {"run", "slow"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session")
 def processor() -> Processor:
     return Processor(str(TOY / "model"))

@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.run
 def test_the_benchmark_runs(tmp_path):
     """The one command for a GPU must not be broken when a GPU is at hand. (compare() asserts the lengths.)"""
     out = tmp_path / "bench.json"

@@ -283,6 +283,7 @@ def test_a_non_finite_loss_leaves_the_weights_alone(model, processor, rollout):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.run
 def test_it_can_learn(model, processor, test_set):
     """One prompt that is mostly failed: from under 0.5 to over 0.9, or the chain from sampling to step points wrong."""
     record = next(r for r in test_set if 0.6 < r.difficulty < 0.8)
