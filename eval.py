@@ -48,7 +48,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch.distributed as dist
-from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
@@ -535,6 +534,8 @@ def gold_of(record: Record) -> str:
 
 def plot_curves(metrics: list[dict], path: Path) -> None:
     """Lines of metrics.jsonl -> a PNG: what training saw, and held-out scores at each stage's end."""
+    from matplotlib.figure import Figure  # (not pyplot: no window, no state)
+
     steps = [m for m in metrics if "reward" in m]
     tests = [m for m in metrics if "eval" in m]
     panels = [("accuracy", "accuracy"), ("format", "format"), ("observation", "observation accuracy"),

@@ -40,10 +40,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard,
-                                    register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
@@ -533,21 +529,23 @@ def load_trainer(source: str, processor: Processor, device: torch.device, *, lr:
 def shard(model, device: torch.device, offload: bool) -> None:
     """FSDP2: each rank keeps 1/world of every weight, gradient and moment in fp32, and gathers a block at a time, in
     bf16 on a GPU, to compute. offload: they lie in the CPU's memory meanwhile."""
+    from torch.distributed import fsdp  # (here: it would be a second of every program's start)
+
     # (Inputs are not cast: rounded rotary angles would make another policy than the replica's.)
-    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (rank_and_world()[1],))
-    precision = half if device.type == "cuda" else MixedPrecisionPolicy()
-    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    half = fsdp.MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (rank_and_world()[1],))
+    precision = half if device.type == "cuda" else fsdp.MixedPrecisionPolicy()
+    place = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else fsdp.OffloadPolicy()
     for part in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=place)
     # What is outside of the blocks (embeddings, head, norms) is gathered when this is called.
     model.computes_on, model.inside = device, lambda work: work()
-    register_fsdp_forward_method(model, "inside")
+    fsdp.register_fsdp_forward_method(model, "inside")
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be sharded. A collective."""
-    if isinstance(value, DTensor):
+    if hasattr(value, "full_tensor"):  # (a DTensor)
         return value.to(value.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return value
 

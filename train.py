@@ -57,10 +57,8 @@ from typing import Literal, TypeVar, get_args, get_type_hints
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from curriculum import Batch, Curriculum
@@ -177,8 +175,7 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
             sums = dict(zip(sums, values))
         if not torch.isfinite(sums["loss"]):
             raise FloatingPointError(f"the loss is {sums['loss'].item()}")
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.grad_clip))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm.item()}")
         for group in policy.optimizer.param_groups:
@@ -855,6 +852,8 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
     Rank 0 gathers and writes the weights; of AdamW's moments each rank writes its own. Written aside, forced to disk,
     then renamed. Raises OSError, naming what is left and what to do, when it cannot be written. A collective.
     """
+    import torch.distributed.checkpoint as dcp  # (here, as in shard: its import takes a second)
+
     path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", rank_and_world()[0] == 0
     try:
         full = ((name, full_tensor(p.detach())) for name, p in policy.model.named_parameters())  # (all ranks gather)
@@ -898,6 +897,8 @@ def moments(policy: Policy) -> dict[str, torch.Tensor]:
 
 def load_moments(path: Path, policy: Policy, steps: dict[str, int]) -> None:
     """Put AdamW's moments, saved by save_checkpoint, back: of each this rank's share, however many there were."""
+    import torch.distributed.checkpoint as dcp
+
     fused = policy.optimizer.param_groups[0]["fused"]  # (the count of steps is wanted on the CPU, unless it is)
     for name, p in policy.model.named_parameters():
         if name in steps:

@@ -11,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that 
 # OpenMP's threads spin while they wait: beside another busy process two of them took 10 times as long, one no longer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `datasets` keeps a copy of every file it reads; that of a test is not to be there in the next run, nor at home.
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="observe-r1-tests-"))
+CACHE = tempfile.TemporaryDirectory(prefix="observe-r1-tests-", ignore_cleanup_errors=True)
+os.environ.setdefault("HF_DATASETS_CACHE", CACHE.name)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

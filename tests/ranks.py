@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy  # noqa: E402
+from torch.distributed import fsdp  # noqa: E402
 from transformers import logging  # noqa: E402
 
 import rollout  # noqa: E402
@@ -24,7 +24,7 @@ from eval import read_json  # noqa: E402
 from rewards import Response, Rewards  # noqa: E402
 from rollout import Group, Policy, Sample, full_tensor, load_policy, rank_and_world, sample_groups  # noqa: E402
 
-plain_autocast = rollout.autocast
+plain_autocast, MIXED = rollout.autocast, fsdp.MixedPrecisionPolicy
 TOY = ROOT / "assets" / "toy"
 BASE = dict(model=str(TOY / "model"), prompts_per_rollout=6, group_size=4, micro_tokens=200,
             max_response_tokens=40, grad_clip=0.5)
@@ -72,13 +72,13 @@ def load(name: str, source: str) -> tuple[train.Config, Policy]:
     cfg = train.Config(**BASE | SCENARIOS[name])
     device = rollout.start_processes(cfg.offload)
     if name == "half":
-        rollout.MixedPrecisionPolicy = lambda *_, **__: MixedPrecisionPolicy(
+        fsdp.MixedPrecisionPolicy = lambda *_, **__: MIXED(
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
     policy = rollout.load_trainer(source, Processor(str(TOY / "model")), device, lr=cfg.lr, offload=cfg.offload,
                                   reference=source if cfg.kl_coef else None, freeze_vision=cfg.freeze_vision,
                                   gradient_checkpointing=cfg.gradient_checkpointing)
-    rollout.MixedPrecisionPolicy = MixedPrecisionPolicy
+    fsdp.MixedPrecisionPolicy = MIXED
     if name == "half":
         policy.sampler = load_policy(source, dtype=torch.bfloat16)
     if policy.reference is not None:

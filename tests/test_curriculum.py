@@ -210,7 +210,7 @@ def answered_ids(folder: Path) -> list[str]:
     return [json.loads(line)["id"] for line in lines if line.endswith(b"]}")]
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_a_killed_build_goes_on_with_other_processes_and_gives_the_same_ladder(command, raw, tmp_path):
     """The heart of the builder: hours of rollouts survive SIGKILL, a line cut in two, other --rows, and another number
     of processes; and two processes at work in one folder would spoil it.

@@ -182,7 +182,7 @@ def test_responses_do_not_depend_on_rows_or_processes(tmp_path, monkeypatch):
     eval.main()  # finished: the same command answers nothing again
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_with_other_rows_and_processes(tmp_path, monkeypatch):
     """Hours of answers survive SIGKILL, a line cut in two, less memory and another number of processes: the record is
     the unit. Two evaluations in one folder would spoil each other: the second is refused."""

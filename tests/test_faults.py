@@ -122,6 +122,7 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved_and_says_what_to_do(small, whole_run, tmp_path, monkeypatch):
     """At the second save, while the weights, the moments and the names are written: the first two in libraries, with
     errors of their own."""

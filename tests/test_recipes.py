@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from data import load_records, save_records
 
-pytestmark = pytest.mark.run
+pytestmark = pytest.mark.slow
 FILES = ("data.py", "rewards.py", "rollout.py", "eval.py", "curriculum.py", "train.py")
 RECIPES = re.findall(r"^## (.*?)\n.*?```diff\n(.*?)```\n\n    (.*?)\n", (ROOT / "RECIPES.md").read_text(), re.M | re.S)
 

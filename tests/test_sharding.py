@@ -116,6 +116,7 @@ def close_to(run: Path, whole: Path) -> None:
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole_run, stopped_run):
     """Two steps of one process, some of two until the cluster takes them away (SIGTERM goes to torchrun alone, which
     hands it on), and the rest of one: the run that one process made in one go."""
@@ -133,6 +134,7 @@ def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole
     close_to(run, whole_run)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others_with_its_error(torchrun, small, tmp_path):
     """And a rank to which no prompt fell hangs nobody: here a rollout is one prompt."""
     options = [*small, "--prompts-per-rollout", "1", "--updates-per-rollout", "1", "--test", ""]
