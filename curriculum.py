@@ -11,7 +11,7 @@
     python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
     python curriculum.py show ladder/ladder.parquet
 
-Departures and inferences (method.md, section 2):
+Departures and inferences:
   1. Stage sizes and "row = stage" are inferred from the paper's figure; the shares are read off it to +-.005.
   2. The order inside a stage is unknown; ours is a seeded shuffle. Where a level is shared out among stages, earlier
      stages take its less complex problems, as the paper sorts by difficulty, then complexity.
@@ -245,6 +245,7 @@ class Curriculum:
     order: ladder (stages easy to hard) | reverse (stages hard to easy) | sorted (by difficulty, then complexity,
     without mixing: a stage is a level) | random (all shuffled, no stages; the only one for unmeasured data).
     stages: which stages to take; None for all. Inside a stage of ladder and reverse the shuffle is seeded.
+    A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config.
     """
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,

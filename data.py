@@ -51,7 +51,7 @@ T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
 QUIET = os.environ.get("RANK", "0") != "0"  # of several processes the first alone shows how far it is
 
-# System prompts. The paper's own wording was never released; what is known is the order of the tags (method.md, 1).
+# System prompts. The paper's own wording was never released; what is known is the order of the tags.
 PROMPTS: dict[str, str] = {
     "none": "Answer the question about the image. Write only the final answer, inside <answer> </answer>.",
     "think": "Answer the question about the image. First reason step by step inside <think> </think>, "
@@ -911,7 +911,7 @@ class Published:
     hub_id: str
     split: str
     convert: Convert
-    size: int | None = None  # published rows, of a benchmark
+    size: int | None = None  # published rows; a set that has a size is a benchmark
     licence: str = "none given"  # as its authors publish it, in the hub's word where that has one
     source: bool = False  # is it one of the five that NeuraLadder was made of?
     parts: tuple[tuple[str, str, dict], ...] = ()  # of a benchmark, its sub-scores: kind, key in `meta`, other names
@@ -927,7 +927,7 @@ class Published:
         return self.reader(find_tables(place, self.split), self.convert, name)
 
 
-DATASETS: dict[str, Published] = {
+DATASETS: dict[str, Published] = {  # (a set of your own: a converter above, an entry here)
     "mathvista": Published("AI4Math/MathVista", "testmini", _mathvista, 1000,
                            parts=(("task", "task", TASKS), ("skill", "skills", {}))),
     "mathvision": Published("MathLLMs/MathVision", "test", _mathvision, 3040, "mit", source=True,
@@ -948,7 +948,7 @@ DATASETS: dict[str, Published] = {
                            reader=read_once),
 }
 SOURCES = [name for name, published in DATASETS.items() if published.source]
-BENCHMARKS = [name for name, published in DATASETS.items() if published.parts]
+BENCHMARKS = [name for name, published in DATASETS.items() if published.size]
 
 
 # --- one command: source in, usable records out -----------------------------------------------------------------------

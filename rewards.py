@@ -4,7 +4,7 @@
     format_reward       are the tags there, in order, each once?
     extract_answer      what the response gives as its answer
     answer_matches      the one judge of answers, for training and evaluation alike
-    read_gold           what a gold must be, for a rule to judge by it; gold_fault: why math-verify cannot
+    read_gold           what a gold must be, for a rule to judge by it; gold_fault: why math-verify cannot read one
 
 Departures from the official code (zrguo/Observe-R1), each with its reason:
  1. No correct answer, no bonus: there, all lengths of an all-wrong group are inf, inf > 100, and a WRONG one is paid.
@@ -48,7 +48,7 @@ from typing import Any, Protocol
 import torch
 from pebble import ProcessExpired, ProcessPool
 
-if sys.version_info < (3, 11):  # (a run would end at its first checkpoint)
+if sys.version_info < (3, 11):  # (hashlib.file_digest, of eval.py)
     raise SystemExit(f"error: this code needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 
@@ -97,7 +97,7 @@ def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch
 
 
 def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
-    """[P, G] -> [P] bool. Equal rewards are sums of the same terms, so the test is exact; their mean may be noisy."""
+    """[P, G] -> [P] bool. Tested on the rewards themselves: their mean and std are noisy even where all are equal."""
     return (rewards == rewards[:, :1]).all(dim=1)
 
 
@@ -116,7 +116,7 @@ class Rewards:
     total: torch.Tensor  # [P, G] accuracy + format_weight * format + bonus
     weight: torch.Tensor  # [P] w(d)
     advantages: torch.Tensor  # [P, G] weighted
-    signal: torch.Tensor  # [P] bool: is there anything to learn from the group?
+    signal: torch.Tensor  # [P] bool: is there anything to learn from the group? (weight > 0, and rewards that differ)
     observation: torch.Tensor  # [P, G] accuracy of <observe>, nan where unknown
 
 
@@ -125,8 +125,8 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
                   normalize_std: bool = True, rejection_sampling: bool = False) -> Rewards:
     """What P groups of G judged responses are worth; lengths [P, G] in tokens. sigma None: every group weighs 1.
 
-    rejection_sampling: no GRPO at all but its control, supervised learning on the policy's own right answers: these
-    have advantage 1, all others 0, with neither weight nor baseline.
+    rejection_sampling: GRPO's control in its place, supervised learning on the policy's own right answers: these have
+    advantage 1, all others 0, with neither weight nor baseline.
     """
     assert lengths.shape == (len(responses), len(responses[0])), "a length for each response"
     accuracy = torch.tensor([[r.accuracy for r in group] for group in responses])
@@ -137,7 +137,7 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
     total = accuracy + format_weight * formatted + bonus  # r_i = accuracy_i + 0.5 format_i + bonus_i
     pass_rate = accuracy.mean(dim=1)  # d = (1/G) sum_i accuracy_i
     weight = torch.ones_like(pass_rate) if sigma is None else difficulty_weight(pass_rate, sigma)  # w(d)
-    advantages = weight[:, None] * group_advantages(total, normalize_std)  # adv_i = w(d) A_i, weighted AFTER the std
+    advantages = weight[:, None] * group_advantages(total, normalize_std)  # adv_i = w(d) A_i; (the std would undo it)
     signal = (weight > 0) & ~_all_equal(total)
     if rejection_sampling:
         weight, advantages, signal = torch.ones_like(pass_rate), accuracy, pass_rate > 0

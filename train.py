@@ -8,8 +8,8 @@ The loop, for each batch of P problems of the ladder:
 
     sample   G responses o_1 .. o_G to each prompt q                                   rollout.py
     reward   r_i = accuracy_i + 0.5 format_i + bonus_i                                 rewards.py
-    weight   adv_i = w(d) (r_i - mean r) / (std r + eps),  w(d) = 4 sigma d (1 - d)    rewards.py
-    update   L = - sum_i sum_t min(ratio adv_i, clip(ratio, 1 - eps, 1 + eps) adv_i) / tokens
+    weight   adv_i = w(d) (r_i - mean r) / (std r + 1e-6),  w(d) = 4 sigma d (1 - d)   rewards.py
+    update   L = - sum_i sum_t min(ratio adv_i, clip(ratio, 0.8, 1.2) adv_i) / tokens
     log      every quantity of step_metrics' glossary, to metrics.jsonl
 
 Departures from the official code (arXiv 2505.12432, GitHub zrguo/Observe-R1), each with its reason; those of rewards
@@ -19,7 +19,8 @@ and curriculum stand at the head of their own files:
   2. No KL term (kl_coef 0); the official script leaves its framework's 0.01 on, inside the reward, where the paper has
      none. Set, ours is the k3 estimator in the loss.
   3. A group without signal (weight 0, or equal rewards) is not forwarded and its tokens are not counted; the official
-     code forwards it with weight 0, which shrinks the step of the others. --count-no-signal restores the count.
+     code forwards it with weight 0, which shrinks the step of the others. --count-no-signal restores the count; with a
+     KL, which every group has, it is forwarded.
   4. The responses of a group stay together in one update; the official code scatters them over the 16 of a rollout.
   5. --order says the order; the official --shuffle switches shuffling off.
   6. The logged reward is the reward used; the official log leaves the bonus out.
@@ -80,7 +81,7 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
               clip_high: float = 0.2, aggregation: str = "token", max_tokens: int = 1,
               ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped GRPO loss of N responses (method.md, 1).
+    """The clipped GRPO loss of N responses.
 
     logprobs, old_logprobs, mask (and ref_logprobs) [N, T], advantages [N] already weighted. num_tokens and
     num_sequences count the whole update, of which these rows may be a micro-batch: losses of micro-batches then add up
@@ -122,8 +123,9 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
            cfg: Config) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    groups: this rank's, rank, rank + world, ...; responses: of all ranks. Raises FloatingPointError, on all ranks and
-    before the weights change, when the loss is not finite. A collective.
+    responses: to all P prompts; groups: to this rank's, every world-th of them (prompt p is group p // world of rank
+    p % world). Raises FloatingPointError, on all ranks and before the weights change, when the loss is not finite. A
+    collective.
     """
     device, world = device_of(policy.model), rank_and_world()[1]
     parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
@@ -136,11 +138,13 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
     forward = partial(response_logprobs, processor=policy.processor, temperature=cfg.temperature)
 
     policy.model.train()
-    with torch.no_grad():  # later updates meet a policy that has moved: note its log-probs before the first,
-        for micros, blank in zip(parts[1:], blanks[1:]):  # in the packing of the update: another one rounds otherwise
+    # Later updates meet a policy that has moved: its log-probs are noted before the first, and in the packing of the
+    # update, for another one rounds otherwise. In the first, the old log-probs are the present ones.
+    with torch.no_grad():
+        for micros, blank in zip(parts[1:], blanks[1:]):
             for micro in micros:
                 logprobs, _, mask = forward(policy.model, rows=micro, blank=blank)
-                flat = iter([row[keep].cpu() for row, keep in zip(logprobs, mask)])
+                flat = iter([logp[keep].cpu() for logp, keep in zip(logprobs, mask)])
                 for row in micro:
                     row.old = [next(flat) for _ in row.responses]
 
@@ -169,7 +173,7 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
                       "sampler_gap": (gap * mask).sum()}
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value.float()
-        if world > 1:
+        if world > 1:  # (every rank has the same names in the same order)
             values = torch.stack(list(sums.values()))
             dist.all_reduce(values)
             sums = dict(zip(sums, values))
@@ -184,7 +188,7 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
         policy.optimizer.zero_grad()
         total["updates"] += 1
         scored, loss_value = sums.pop("scored").item(), sums.pop("loss").item()
-        means = {name: value.item() / scored for name, value in sums.items()}
+        means = {name: value.item() / scored for name, value in sums.items()}  # (num_tokens may count more)
         means |= {"loss": loss_value, "grad_norm": norm.item(), "lr": lr}
         total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
     return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
@@ -236,8 +240,9 @@ def micro_batches(rows: list[Packed], budget: int) -> list[list[Packed]]:
 
 
 def even_out(parts: list[list[list[Packed]]], processor: Processor, cfg: Config) -> list[Prompt | None]:
-    """Give each rank as many micro-batches of each update as the rank with the most has, for a sharded model's ranks
-    must make the same calls -> for each update a prompt whose picture runs where rows have none; None: nobody has any.
+    """Give each rank as many micro-batches of each update as the rank with the most has: a sharded model gathers its
+    weights block by block, which all ranks must ask for alike -> of each update the prompt whose picture goes through
+    the vision tower where a rank's rows have none; None where no rank has a picture. A collective.
     """
     load = torch.tensor([[len(micros), any(row.prompt.grid is not None for micro in micros for row in micro)]
                          for micros in parts])
@@ -245,6 +250,7 @@ def even_out(parts: list[list[list[Packed]]], processor: Processor, cfg: Config)
     blanks = [processor.encode(Record("blank", "?", "1", images=pictures), cfg.prompt)
               for pictures in ((), (Image.new("RGB", (28, 28)),))]
     for micros, (count, pictured) in zip(parts, load.tolist()):
+        # A response of one token, which is forwarded and counts nothing.
         filler = Packed(blanks[pictured], [processor.stop_ids[:1]], [0.0], [torch.zeros(1)], counted=False)
         micros += [[filler] for _ in range(count - len(micros))]
     return [blanks[1] if pictured else None for _, pictured in load.tolist()]
@@ -255,7 +261,7 @@ def even_out(parts: list[list[list[Packed]]], processor: Processor, cfg: Config)
 def main(args: list[str] | None = None) -> None:
     cfg = parse_config(args)
     device = start_processes(cfg.offload)
-    run = Run(cfg)  # its folder: new, gone on with, or refused
+    run = Run(cfg)  # its folder: new, gone on with (run.source is then its newest checkpoint), or refused
     processor = Processor(run.source, cfg.max_pixels)
     train, test = load_problems(cfg, processor)
     curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
@@ -277,10 +283,10 @@ def main(args: list[str] | None = None) -> None:
 
         # 2. Reward and weight them: adv_i = w(d) (r_i - mean r) / (std r + eps).
         clock.append(time.perf_counter())
-        responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], on every rank
+        responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], on every rank, scored by rewards.score
         rewards = reward(responses, cfg)
 
-        # 3. Update the policy, and with it what samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
+        # 3. Update the policy, then its replica that samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
         clock.append(time.perf_counter())
         try:
             stats = update(policy, groups, responses, rewards, learning_rates(step, len(curriculum), cfg), cfg)
@@ -788,8 +794,8 @@ Result = TypeVar("Result")
 
 
 class Signals:
-    """SIGINT (Ctrl-C) and SIGTERM (torchrun's, a cluster's) ask a run to stop. Sampling is cut short; an update is not,
-    so that what is saved then is whole."""
+    """SIGINT (Ctrl-C) and SIGTERM (torchrun's, a cluster's) ask a run to stop. Sampling and evaluation are cut short,
+    and their batch is given back; an update is finished, so that what is saved is whole. Asking again does nothing."""
 
     def __init__(self):
         self.asked = self.at_once = False
