@@ -3,9 +3,7 @@
     measure        a problem and its 8 rollouts (eval.roll_out) -> difficulty 1 - pass rate, complexity mean length
     build_ladder   measured problems -> stages 0 .. 8, each mixed from a window of neighbouring difficulty levels
     Curriculum     the batches of one run, easy to hard, and its place among them
-    write_review   problems that no rollout solved -> pages and a table, for a person to check their golds
-    apply_review   what that person decided: golds kept, dropped, or replaced and the rollouts judged anew
-    write_card     the card of a ladder as a data set
+    write_review   problems that no rollout solved, for a person to check their golds; apply_review: what was decided
 
     torchrun curriculum.py --data raw/*.parquet --model MODEL --out ladder/        # killed: the same command goes on
     python curriculum.py --data ladder/measured.parquet --out ladder/ --corrections ladder/review.csv --size 20000
@@ -43,8 +41,8 @@ import numpy as np
 from huggingface_hub import DatasetCardData
 
 from data import DATASETS, PROMPTS, SOURCES, Processor, Record, check_records, load_records, raise_or_skip, save_records
-from eval import (FREE, Result, begun, claim, data_digest, gold_of, markdown, model_digest, read_json, render, roll_out,
-                  section_of, vote, write_json, write_page)
+from eval import (FREE, Result, begun, check_bounds, claim, data_digest, markdown, model_digest, read_json, render,
+                  roll_out, section_of, vote, write_json, write_page)
 from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
 from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
 
@@ -145,7 +143,6 @@ def off_shares(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list
 
 def allot(supply: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> np.ndarray:
     """How many problems each stage takes from each level: [S] sizes, [L] supply -> [S, L] int.
-
     Shares of `mixing` as far as the supply goes; an over-drawn level is shared out in proportion, and its stages are
     filled from the rest of their windows. A stage falls short only when its whole window is empty.
     """
@@ -323,7 +320,7 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
             rollouts = record.meta["rollouts"]
             given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in rollouts)
             sections.append(section_of(record, f"{record.id} {record.source}", [
-                ("right", f"gold: {gold_of(record)}", ""),
+                ("right", f"gold: {' or '.join(record.golds)}", ""),
                 ("wrong", f"majority, {votes} of {len(rollouts)}: {answer}", ""), ("", f"all: {given}", "")]))
         write_page(folder / page, "Review of golds", REVIEW.format(count=len(ranked)), sections, links=pages)
 
@@ -335,7 +332,7 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for record, answer, votes in ranked:
-        writer.writerow([record.id, cell(record.text), cell(gold_of(record)), cell(answer),
+        writer.writerow([record.id, cell(record.text), cell(" or ".join(record.golds)), cell(answer),
                          f"{votes} of {len(record.meta['rollouts'])}", "", ""])
     content = table.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
     path = folder / "review.csv"
@@ -502,7 +499,8 @@ def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
     """The settings that measured records were measured with, as a settings.json beside their file tells."""
     folders = dict.fromkeys(Path(path) if Path(path).is_dir() else Path(path).parent for path in args.data)
     files = [folder / "settings.json" for folder in folders]
-    builds = [read_json(file) for file in files if file.exists()]
+    found = [read_json(file) for file in files if file.exists()]
+    builds = [settings for settings in found if settings.get("program") == "curriculum.py"]
     for other in builds[1:]:
         unlike = [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]
         if unlike:
@@ -516,10 +514,7 @@ def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError, naming the option, for what cannot be meant."""
-    for name, low in (("rows", 1), ("max_tokens", 1), ("size", 1), ("limit", 1), ("temperature", 1e-6)):
-        value = getattr(args, name)
-        if value is not None and not low <= value < np.inf:  # (nan is neither)
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
+    check_bounds(args, rows=1, max_tokens=1, size=1, limit=1, temperature=1e-6)
     if not 0 <= args.low_complexity < 1:
         raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
     ladder = (args.out / "ladder.parquet").resolve()

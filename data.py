@@ -354,7 +354,7 @@ def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> 
                 yield made
         except Exception as error:  # of the whole file; `datasets` and Arrow have a dozen classes
             cause = error.__cause__ or error  # (`datasets` wraps what Arrow and the system say)
-            remedy = "was it copied whole? is its suffix right?"
+            remedy = "was it copied whole? is its suffix right? has it a type of column that `datasets` does not know?"
             if name.endswith(".parquet") and getattr(cause, "errno", None):
                 remedy = f"it is copied to HF_DATASETS_CACHE, now {datasets.config.HF_DATASETS_CACHE}: is there room?"
             raise ValueError(f"{name}: cannot be read: {cause}; {remedy}") from error
@@ -698,17 +698,23 @@ def batches(items: Iterable, size: int = BATCH) -> Iterator[list]:
     return iter(lambda: list(itertools.islice(items, size)), [])
 
 
+def stored(image) -> bytes:
+    """A picture's bytes as they are stored; of a PIL image a PNG, as open_image shows it."""
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        open_image(image, "in memory").save(buffer, format="PNG")
+        return buffer.getvalue()
+    if isinstance(image, Picture):
+        return image.read()
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+
 def _row(record: Record) -> dict:
     """Record -> a row as save_records writes it."""
     images: list[dict] = []
     for image in record.images:
-        if isinstance(image, Image.Image):
-            buffer = io.BytesIO()
-            open_image(image, record.id).save(buffer, format="PNG")
-            image = buffer.getvalue()
         try:
-            image = image.read() if isinstance(image, Picture) else image
-            images.append({"bytes": image if isinstance(image, bytes) else Path(image).read_bytes(), "path": None})
+            images.append({"bytes": stored(image), "path": None})
         except (OSError, ValueError) as error:
             raise ValueError(f"record {record.id}: cannot read its picture: {error}") from error
     answers = list(record.answer) if isinstance(record.answer, tuple) else None

@@ -47,14 +47,14 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
-                  read_any, verifiable)
+                  read_any, stored, verifiable)
 from rewards import (MAX_ANSWER, SYMBOLS, TAGS, Response, bare, named_option, normal_text, parse_items, score,
                      score_groups, section, split_number)
-from rollout import Group, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes, stop_processes
+from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
+                     stop_processes)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TOY = ASSETS / "toy/test.parquet"
@@ -117,19 +117,21 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
             yield Result(record, responses)
 
 
-def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], tuple], **sampling) -> list[Result]:
+def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], tuple],
+             attempt: Callable[[Callable], Any] = lambda work: work(), **sampling) -> list[Result]:
     """Answer records on all ranks -> all results, in the same order, on every rank. A collective.
 
     What any earlier run answered, with whatever --rows and processes, is on disk and is not done again. load: gives
-    model and processor, and is called only if there is anything to do. sampling: see answer_to_disk and evaluate. All
-    processes must see the same folder.
+    model and processor, and is called only if there is anything to do. attempt: does the work, or gives None, on all
+    ranks, when it is to stop; there are no results then. sampling: see answer_to_disk and evaluate. All processes must
+    see the same folder.
     """
     rank, world = rank_and_world()
-    todo = on_rank_0(lambda: unanswered(folder, name, records))
-    if todo:
-        answer_to_disk(folder, name, todo[rank::world], *load(), **sampling)
-    if world > 1:
-        dist.barrier()
+    todo = on_rank_0(lambda: {r.id for r in unanswered(folder, name, records)})
+    mine = [r for r in records if r.id in todo][rank::world]
+    if todo and attempt(lambda: answer_to_disk(folder, name, mine, *load(), **sampling)) is None:
+        return []
+    gather_shares([True])  # all have written theirs
     return read_answers(folder, name, records)
 
 
@@ -523,13 +525,10 @@ def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: 
         about = [f"{key} {first[key]}" for key in ("step", "stage", "benchmark", "prompt", "sampling")
                  if first.get(key) is not None]
         about += [f"weight {first['weight']:.2f}"] if "weight" in first else []
-        sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks, gold_of(record)))
+        sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks,
+                                   " or ".join(record.golds)))
     intro = f"{len(kept)} of {len(groups)} groups of responses, spread evenly, in order."
     write_page(path, str(path.parent), intro, sections)
-
-
-def gold_of(record: Record) -> str:
-    return " or ".join(record.golds)
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:
@@ -583,6 +582,8 @@ def begun(folder: Path, settings: dict, free: Iterable[str] = ()) -> bool:
             raise ValueError(f"{folder} is not empty and holds no run of {settings['program']}; give another --out")
         return False
     kept = read_json(file)
+    if "program" not in kept:
+        raise ValueError(f"{folder} holds a run of an older version of this code; take that, or give another --out")
     changed = [f"  {key}: {kept.get(key)} there, {settings.get(key)} now" for key in kept | settings
                if key not in free and kept.get(key) != settings.get(key)]
     if changed:
@@ -647,15 +648,6 @@ def data_digest(records: list[Record]) -> str:
             with contextlib.suppress(OSError, ValueError):  # (check_records will name it)
                 digest.update(hashlib.sha256(stored(image)).digest())
     return f"{len(records)} problems ({digest.hexdigest()[:12]})"
-
-
-def stored(image) -> bytes:
-    """A picture as it is stored; of one that is in memory, its size and pixels."""
-    if isinstance(image, Picture):
-        return image.read()
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
-    return image if isinstance(image, bytes) else repr(image.size).encode() + open_image(image, "").tobytes()
 
 
 # --- from the command line --------------------------------------------------------------------------------------------
@@ -746,12 +738,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
         rows[label] = made
     jobs = [Job(label, prompt, *sampling) for label in rows for prompt in prompts
             for sampling in samplings(label, args)]
-    settings = {"program": "eval.py", "model": model_digest(args.model) if args.model else None,
-                "trained": trained_by(args.model)}
-    settings |= {f"data {label}": data_digest([r for r in made if isinstance(r, Record)])
-                 for label, made in rows.items()}
-    settings |= {key: getattr(args, key) for key in ("responses", "benchmark", "prompt", "temperature", "samples",
-                                                     "max_tokens", "max_pixels", "rows", "seed", "limit", "skip_bad")}
+    settings = settings_of(args, rows)
     begun(args.out, settings, FREE)
 
     order = {}
@@ -771,21 +758,37 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
     return rows, order, jobs
 
 
+def settings_of(args: argparse.Namespace, rows: dict[str, list[Record | Dropped]]) -> dict:
+    """All that scores depend on."""
+    settings = {"program": "eval.py", "model": model_digest(args.model) if args.model else None,
+                "trained": trained_by(args.model)}
+    for label, made in rows.items():
+        settings[f"data {label}"] = data_digest([r for r in made if isinstance(r, Record)])
+    return settings | {key: getattr(args, key) for key in (
+        "responses", "benchmark", "prompt", "temperature", "samples", "max_tokens", "max_pixels", "rows", "seed",
+        "limit", "skip_bad")}
+
+
 def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The benchmarks and prompt styles asked for. Raises ValueError, naming the option, for what cannot be meant."""
     specs, prompts = ([name.strip() for name in text.split(",") if name.strip()]
                       for text in (args.benchmark, args.prompt))
     if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(PROMPTS):
         raise ValueError(f"--prompt {args.prompt}: there are {', '.join(PROMPTS)}; give some, each style only once")
-    for name, low in (("rows", 1), ("max_tokens", 1), ("samples", 1), ("limit", 1), ("temperature", 0)):
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
+    check_bounds(args, rows=1, max_tokens=1, samples=1, limit=1, temperature=0)
     if not args.responses and not args.model:
         raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
     if not specs or args.responses and len(specs) + len(prompts) > 2:
         raise ValueError("give a --benchmark; --responses are answers to one, in one --prompt style")
     return specs, prompts
+
+
+def check_bounds(args: argparse.Namespace, **lowest: float) -> None:
+    """Raises ValueError for an option that is given and below its lowest value, or not finite."""
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:  # (nan is neither)
+            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
 
 
 def trained_by(model: str | None) -> dict | None:

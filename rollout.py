@@ -58,7 +58,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any ot
 # Below so many parameters one thread is set on a CPU, unless the user has set some: OpenMP's threads spin while they
 # wait for one that is not running. Five rollouts and updates of the toy, seconds, quiet and beside a busy process, on 2
 # cores: 1 thread 7.5, 8.2; 2 threads 5.8 (at best), 60; 4 threads 6, 69; 2 with GOMP_SPINCOUNT=0 9.1, 8.8.
-SMALL = 20_000_000
+SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
 
@@ -466,7 +466,7 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
                                                         trust_remote_code=False).to(device)
-    if model.device.type == "cpu" and model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+    if model.device.type == "cpu" and model.num_parameters() < SMALL and not THREADS & os.environ.keys():
         os.environ["OMP_NUM_THREADS"] = "1"  # (the processes it starts, and accelerate, heed this)
         torch.set_num_threads(1)
     if freeze_vision:

@@ -59,13 +59,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from curriculum import Batch, Curriculum
 from data import Processor, Prompt, Record, check_records, load_records
-from eval import (answer_to_disk, before_after, begun, claim, data_digest, judge, lock, plot_curves, read_answers,
-                  read_json, response_lines, summarize, unanswered, write_json, write_responses)
+from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
+                  roll_out, summarize, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
 from rollout import (Group, Packed, Policy, copy_weights, device_of, full_tensor, gather_shares, generation_config,
                      load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups, start_processes,
@@ -285,6 +285,8 @@ def main(args: list[str] | None = None) -> None:
         clock.append(time.perf_counter())
         responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], on every rank, scored by rewards.score
         rewards = reward(responses, cfg)
+        metrics = step_metrics(responses, rewards)
+        run.log_groups(step, batch, responses, rewards, metrics)
 
         # 3. Update the policy, then its replica that samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
         clock.append(time.perf_counter())
@@ -296,8 +298,7 @@ def main(args: list[str] | None = None) -> None:
 
         # 4. Log.
         clock.append(time.perf_counter())
-        metrics = step_metrics(responses, rewards) | stats | system_metrics(responses, clock, device)
-        run.log_step(step, batch, responses, rewards, metrics)
+        run.log_step(step, batch, metrics | stats | system_metrics(responses, clock, device))
 
         # 5. Save; at the end of a stage, evaluate.
         run.save_if_due(batch)
@@ -451,7 +452,9 @@ def parse_config(args: list[str] | None = None) -> Config:
             choices = get_args(types[f.name])
             parser.add_argument(option, type=str if choices else types[f.name], choices=choices or None,
                                 default=f.default, help=text)
-    parser.set_defaults(**PRESETS[parser.parse_known_args(args)[0].preset])
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=PRESETS, default="toy")
+    parser.set_defaults(**PRESETS[preset.parse_known_args(args)[0].preset])
     given, unknown = parser.parse_known_args(args)
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
@@ -529,7 +532,6 @@ class Run:
         self.cfg, self.folder, self.chief = cfg, Path(cfg.out), rank_and_world()[0] == 0
         self.newest = on_rank_0(lambda: find_run(cfg))
         self.source = str(self.newest or cfg.model)  # what the policy is loaded from
-        self.signals = Signals()
 
     def begin(self, policy: Policy, curriculum: Curriculum, train: list[Record], test: list[Record]) -> None:
         """Claim the folder, now that all is checked, and restore what the newest checkpoint holds."""
@@ -562,6 +564,7 @@ class Run:
                        f"to {cfg.prompts_per_rollout} x {cfg.group_size} responses, {steps * cfg.updates_per_rollout} "
                        f"updates; {len(test)} held out; {world} process{'es' if world > 1 else ''} on "
                        f"{device_of(policy.model).type}{f'; resumed from {self.newest}' if self.newest else ''}")
+        self.signals = Signals()  # (until here Ctrl-C ends the program, which has done nothing yet)
         self.bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout",
                         disable=not self.chief)
 
@@ -573,7 +576,7 @@ class Run:
                                       max_tokens=self.cfg.max_response_tokens)
         (self.folder / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
         (self.folder / "held-out").mkdir(exist_ok=True)
-        for file in (self.folder / "held-out").iterdir():  # answers of a policy that was not saved
+        for file in (self.folder / "held-out").glob("step*-*.jsonl"):  # answers of a policy that was not saved
             if int(file.name[4:10]) > max(self.saved, 0):
                 file.unlink()
         cut_log(self.folder / "responses.jsonl", max(self.saved, 0))
@@ -585,15 +588,18 @@ class Run:
             with open(self.folder / name, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def log_step(self, step: int, batch: Batch, responses: list[list[Response]], rewards: Rewards,
-                 metrics: dict) -> None:
-        metrics = {"step": step, "stage": batch.stage} | metrics
-        self.log("metrics.jsonl", [metrics])
+    def log_groups(self, step: int, batch: Batch, responses: list[list[Response]], rewards: Rewards,
+                   metrics: dict) -> None:
+        """Before the update, which may fail: what it was to learn from, and what will keep it from learning."""
         self.log("responses.jsonl", group_lines(batch, responses, rewards, step))
-        if self.tracker is not None:
-            self.tracker.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         if step == 1 and self.chief:
             warn_first_rollout(metrics, self.cfg)
+
+    def log_step(self, step: int, batch: Batch, metrics: dict) -> None:
+        metrics = {"step": step, "stage": batch.stage} | metrics
+        self.log("metrics.jsonl", [metrics])
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
         self.bar.update()
         self.bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}",
                              accuracy=f"{metrics['accuracy']:.2f}", length=f"{metrics['length']:.0f}")
@@ -675,10 +681,9 @@ def find_run(cfg: Config) -> Path | None:
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds a run of an older version of this code, which kept config.json; take that "
                          "version to go on with it, or another --out")
-    if cfg.resume and not (folder / "settings.json").exists():
-        raise ValueError(f"--resume: {folder} holds no run; check --out")
-    if not cfg.resume and (folder / "settings.json").exists():
-        raise ValueError(f"{folder} holds another run; add --resume to go on with it, or choose another --out")
+    if cfg.resume != (folder / "settings.json").exists():
+        raise ValueError(f"--resume: {folder} holds no run; check --out" if cfg.resume else
+                         f"{folder} holds another run; add --resume to go on with it, or choose another --out")
     if not begun(folder, as_kept(cfg), FREE):
         return None
     lock(folder)
@@ -692,18 +697,14 @@ def held_out(policy: Policy, test: list[Record], cfg: Config, folder: Path, step
 
     Answers are on disk as they come, and a run that goes on does not give them again. A collective.
     """
-    rank, world = rank_and_world()
     records = test if ends else test[:cfg.eval_limit or None]
     scores, shown = {}, []
     for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
-        file = f"step{step:06d}-{name}"
-        todo = on_rank_0(partial(unanswered, folder, file, records))
-        work = partial(answer_to_disk, folder, file, todo[rank::world], policy.sampler, policy.processor,
-                       style=cfg.prompt, temperature=temperature, samples=k, max_tokens=cfg.max_response_tokens,
-                       max_rows=cfg.rollout_rows)
-        if signals.unless_asked(work) is None:
+        results = roll_out(folder, f"step{step:06d}-{name}", records, lambda: (policy.sampler, policy.processor),
+                           signals.unless_asked, style=cfg.prompt, temperature=temperature, samples=k,
+                           max_tokens=cfg.max_response_tokens, max_rows=cfg.rollout_rows)
+        if not results:
             return None
-        results = read_answers(folder, file, records)
         scores[name] = summarize(results)
         if name == "greedy":
             shown = [{"id": r.record.id, "text": r.responses[0].text, "right": r.responses[0].accuracy > 0}
@@ -790,7 +791,7 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
                    "--group-size, or another model; read responses.jsonl first.")
 
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class Signals:
@@ -809,7 +810,7 @@ class Signals:
             self.at_once = False
             raise KeyboardInterrupt
 
-    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+    def unless_asked(self, work: Callable[[], T]) -> T | None:
         """The work's result; None, on all ranks, when any of them is asked to stop before the work is done. The work is
         this rank's own, without collectives, and is cut short; the answer is one."""
         result = None
@@ -839,8 +840,10 @@ def environment() -> dict:
 
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    return {"commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "*.py")),
+    found = [(package.metadata["Name"], package.version) for package in importlib.metadata.distributions()]
+    packages = {name: version for name, version in found if name}  # (half-removed ones have no name)
+    changes = git("status", "--porcelain", "--", "*.py")
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
             "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
             "processes": rank_and_world()[1], "packages": dict(sorted(packages.items())), "command": sys.argv}
 
@@ -873,13 +876,14 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
         del weights
         gather_shares([True])  # the folder is there
         if tensors := moments(policy):
-            writer = dcp.HuggingFaceStorageWriter(str(aside / "trainer"), save_distributed=True)
+            files = {name: 1 + i // 16 for i, name in enumerate(tensors)}  # (each is in memory as it is written)
+            writer = dcp.HuggingFaceStorageWriter(str(aside / "trainer"), files, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
         if chief:
             steps = {name: int(policy.optimizer.state[p]["step"]) for name, p in policy.model.named_parameters()
                      if p in policy.optimizer.state}  # (a weight that had no gradient in some step has taken fewer)
-            files = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
-            write_json(aside / "trainer" / "state.json", state | {"steps": steps, "files": files})
+            sizes = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
+            write_json(aside / "trainer" / "state.json", state | {"steps": steps, "files": sizes})
             for file in [*sorted(aside.rglob("*")), aside]:
                 sync(file)
             os.replace(aside, path)
@@ -926,16 +930,22 @@ def sync(path: Path) -> None:
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint that can be read, None where there are none at all; others are set aside, and said so.
 
-    Read: each file is there and as long as it was, which is where a full disk or half a copy shows. Raises ValueError
-    when none can be.
+    Read: each file is there and as long as it was, which is where a full disk or half a copy shows, and its JSON and
+    the heads of its tensors are what they should be. Raises ValueError when none can be.
     """
     damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
         try:
             files = read_json(path / "trainer" / "state.json")["files"]
-            if wrong := [name for name, size in files.items() if (path / name).stat().st_size != size]:
-                raise ValueError(f"{wrong[0]} is not as long as it was")
-        except (OSError, ValueError, KeyError) as error:
+            for name, size in files.items():
+                if (path / name).stat().st_size != size:
+                    raise ValueError(f"{name} is not as long as it was")
+                if name.endswith(".json"):
+                    read_json(path / name)
+                elif name.endswith(".safetensors"):
+                    with safe_open(path / name, "pt") as tensors:
+                        tensors.keys()
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             tqdm.write(f"{path} is damaged: {error}; taking the one before it")
             damaged.append(path)
             continue
@@ -997,3 +1007,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:  # what the user can mend: one line, not a stack
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before the run began: nothing was written")

@@ -59,15 +59,25 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def wipe(path: Path) -> None:
+    """As a disk does that never wrote the first block: of the old length, and not to be read."""
+    with open(path, "r+b") as file:
+        file.write(bytes(min(4096, path.stat().st_size)))
+
+
 @pytest.mark.parametrize("harm", [
     lambda path: cut(path / "model.safetensors"),
     lambda path: [cut(file) for file in (path / "trainer").glob("*.safetensors")],
     lambda path: os.truncate(path / "config.json", 100),
+    lambda path: wipe(path / "model.safetensors"),
+    lambda path: [wipe(file) for file in (path / "trainer").glob("*.safetensors")],
+    lambda path: wipe(path / "config.json"),
     lambda path: (path / "model.safetensors").unlink(),
     lambda path: (path / "tokenizer.json").unlink(),
     lambda path: [file.unlink() for file in (path / "trainer").glob("*.safetensors")],
     lambda path: shutil.rmtree(path / "trainer")],
-    ids=["weights cut", "moments cut", "json cut", "no weights", "no tokenizer", "no moments", "no trainer"])
+    ids=["weights cut", "moments cut", "json cut", "weights wiped", "moments wiped", "json wiped", "no weights",
+         "no tokenizer", "no moments", "no trainer"])
 def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(copy, harm, capsys):
     """Half a folder is what a full disk leaves, or a copy that ran out of time."""
     harm(copy / "checkpoint-000006")
@@ -191,7 +201,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(small, copy):
 def test_a_stop_during_an_evaluation_loses_no_step(small, whole_run, tmp_path, monkeypatch):
     """An evaluation may take longer than a cluster waits: that of the start, and that of a stage's end, whose steps are
     saved before it. What was cut short is made up for."""
-    run, real, calls = tmp_path / "run", train.answer_to_disk, []
+    run, real, calls = tmp_path / "run", evaluation.answer_to_disk, []
 
     def stop(*args, **options):
         calls.append(1)
@@ -199,13 +209,34 @@ def test_a_stop_during_an_evaluation_loses_no_step(small, whole_run, tmp_path, m
             signal.raise_signal(signal.SIGINT if len(calls) == 1 else signal.SIGTERM)
         return real(*args, **options)
 
-    monkeypatch.setattr(train, "answer_to_disk", stop)
+    monkeypatch.setattr(evaluation, "answer_to_disk", stop)
     main([*small, "--out", str(run)])
     assert lines(run) == [] and checkpoints(run)[-1].name == "checkpoint-000000"
     main([*small, "--out", str(run), "--resume"])
     assert [line["step"] for line in lines(run)] == [0, 1, 2] and checkpoints(run)[-1].name == "checkpoint-000002"
     main([*small, "--out", str(run), "--resume"])
     same_run(run, whole_run)
+
+
+def test_a_stop_before_the_run_begins_leaves_no_folder(small, tmp_path, monkeypatch):
+    """Checking 40,000 prompts takes minutes; Ctrl-C finished them, made the folder and saved a checkpoint in it."""
+    def stop(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "check_records", stop)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main([*small, "--out", str(tmp_path / "run")])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_strange_files_do_not_stop_a_run(small, copy):
+    """A .DS_Store beside the held-out answers, of a folder that was looked at on a laptop."""
+    (copy / "held-out" / ".DS_Store").write_text("?")
+    main([*small, "--out", str(copy), "--resume"])
 
 
 def test_held_out_problems_that_were_answered_before_a_stop_are_not_answered_again(small, tmp_path, monkeypatch):

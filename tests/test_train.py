@@ -343,6 +343,14 @@ def test_stages():
     assert parse_stages("all") is None and list(parse_stages("0-3")) == [0, 1, 2, 3] and list(parse_stages("8")) == [8]
 
 
+def test_help_tells_the_defaults_of_the_preset(capsys):
+    """--help said lr 1e-06 where the toy's 1e-4 was used."""
+    for args, lr in (([], "0.0001"), (["--preset", "3b"], "1e-06")):
+        with pytest.raises(SystemExit):
+            parse_config([*args, "--help"])
+        assert f"peak learning rate of AdamW (default: {lr})" in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_setting_has_help_and_a_checked_default():
     for setting in Config.__dataclass_fields__.values():
         assert len(setting.metadata["help"]) > 5, setting.name
@@ -442,6 +450,8 @@ def test_a_non_finite_loss_stops_the_run_and_names_its_problems(small, tmp_path,
     monkeypatch.setattr(train, "group_rewards", poison)
     with pytest.raises(SystemExit, match=r"step 3: the loss is nan. Its problems: train-\d+.*checkpoint-000002"):
         main([*small, "--out", str(run)])
+    logged = [json.loads(line)["step"] for line in (run / "responses.jsonl").read_text().splitlines()]
+    assert logged[-1] == 3, "what it was to learn from is what one looks at first"
     main([*small, "--out", str(run), "--resume"])
     assert [line["step"] for line in lines(run) if "reward" in line] == [1, 2, 3, 4, 5, 6]
 
