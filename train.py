@@ -551,6 +551,7 @@ class Run:
             curriculum.load_state_dict(state["curriculum"])
             load_moments(self.newest, policy, state["steps"])
             self.saved = curriculum.position
+        self.signals = Signals()  # (until here Ctrl-C ends the program, which has written nothing yet)
         self.evals = on_rank_0(self._open)
         self.tracker = None
         if cfg.tracker != "none":
@@ -564,7 +565,6 @@ class Run:
                        f"to {cfg.prompts_per_rollout} x {cfg.group_size} responses, {steps * cfg.updates_per_rollout} "
                        f"updates; {len(test)} held out; {world} process{'es' if world > 1 else ''} on "
                        f"{device_of(policy.model).type}{f'; resumed from {self.newest}' if self.newest else ''}")
-        self.signals = Signals()  # (until here Ctrl-C ends the program, which has done nothing yet)
         self.bar = tqdm(total=len(curriculum), initial=curriculum.position, desc="training", unit="rollout",
                         disable=not self.chief)
 
@@ -1008,4 +1008,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # what the user can mend: one line, not a stack
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped before the run began: nothing was written")
+        sys.exit("stopped")
