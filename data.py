@@ -45,7 +45,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
-from rewards import gold_fault, infer_answer_type, last_boxed, normal_text, parse_number, read_gold, split_number
+from rewards import boxed, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold
 
 T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
@@ -85,6 +85,8 @@ class Record:
             answer, choices, kind = read_gold(self.answer, self.choices, self.answer_type)
             if self.difficulty is not None and not 0 <= self.difficulty <= 1:
                 raise ValueError(f"its difficulty is {self.difficulty}; it is 1 - pass rate, from 0 to 1")
+            if self.precision is not None and not 0 <= self.precision <= 15:
+                raise ValueError(f"its precision is {self.precision}; it is the decimals to compare, from 0 to 15")
         except ValueError as error:
             raise ValueError(f"record {self.id}: {error}") from None
         vars(self).update(answer=answer, choices=choices, answer_type=kind, images=tuple(self.images))  # (it is frozen)
@@ -636,8 +638,8 @@ def _final_answer(solution):
     if not isinstance(solution, str):
         return solution
     text = (re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
-    boxed = last_boxed(text)
-    text = text if boxed is None else boxed
+    boxes = boxed(text)
+    text = boxes[-1][2] if boxes else text
     if "\n" in text:  # a whole derivation: no response would ever equal it
         raise ValueError("its solution has neither <answer> nor \\boxed{}; add the final answer as `answer`")
     return ANSWER_IS.sub(r"\1", text)
@@ -903,7 +905,7 @@ def read_once(tables: Iterable[Table], convert: Convert, source: str) -> Iterato
         if labels[question] is None:
             return Dropped("", "conflicting labels", f"{gold!r} here, another answer elsewhere")
         del labels[question]
-        if not fields["choices"] and len(gold.split()) > 3 and not split_number(gold):
+        if not fields["choices"] and len(gold.split()) > 3 and not quantity(gold):
             return Dropped("", "free text", f"{gold[:80]!r} can be said in other words")
         return fields
 

@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
                   read_any, stored, verifiable)
-from rewards import (MAX_ANSWER, SYMBOLS, TAGS, Response, bare, named_option, normal_text, parse_items, score,
-                     score_groups, section, split_number)
+from rewards import (MAX_ANSWER, TAGS, Response, named_option, normal_text, parse_items, quantity, score, score_groups,
+                     section, sides)
 from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
                      stop_processes)
 
@@ -234,24 +234,25 @@ def drawn(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
 
 
 def vote(answer: str, record: Record) -> str:
-    """What equal answers share: the option's letter, the number with a unit that the judge tells apart, the items of a
-    list, or the text."""
-    answer = bare(answer[:MAX_ANSWER + 1], record)
+    """What equal answers share: the option's letter, the number and its unit, the items of a list, or the text."""
+    answer = answer[:MAX_ANSWER + 1]
     option = named_option(answer, record.choices) if record.answer_type == "choice" else None
     if option is not None:
         return ascii_uppercase[option]
+    if record.answer_type in ("number", "list") or not any("=" in gold for gold in record.golds):
+        answer = sides(answer)[-1]
     listed = parse_items(answer) if record.answer_type == "list" else None
     items = listed[1] if listed else (answer,)
-    return ", ".join(vote_of_item(item, any_noun=record.answer_type == "number") for item in items)
+    return ", ".join(vote_of_item(item, nouns=record.answer_type == "number") for item in items)
 
 
-def vote_of_item(item: str, any_noun: bool) -> str:
-    number = split_number(item, known_units=not any_noun)
-    if number is None:
+def vote_of_item(item: str, nouns: bool) -> str:
+    found = quantity(item, nouns)
+    if found is None:
         return normal_text(item)
-    value, unit = number
-    digits = f"{value:.6g}" if abs(value) < 1 else f"{value:.5f}"
-    return digits + (unit if unit in SYMBOLS else "")
+    value, size, unit = found
+    number = float(value * size)
+    return f"{number:.6g} {unit}" if abs(number) < 1 else f"{number:.5f} {unit}"
 
 
 def majority_right(result: Result) -> float:
