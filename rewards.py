@@ -768,9 +768,10 @@ class Verifier:
     """
 
     def __init__(self, timeout: float = 5.0, memory: int = 1 << 30, workers: int = 0):
-        """memory: bytes that a worker may take beyond what its imports took. workers: 0 for up to four of the cores."""
+        """memory: bytes that a worker may take beyond what its imports took. workers: 0 for 2 to 8, by a rank's cores."""
         self.timeout, self.memory = timeout, memory
-        self.workers = workers or min(4, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = workers or max(2, min(8, cores))
         self.timeouts = 0  # for the log
         self._asked = lru_cache(10_000)(self._ask)  # the answers of a group repeat themselves
         self._pool: ProcessPool | None = None
@@ -813,8 +814,9 @@ class Verifier:
     def _running(self) -> ProcessPool:
         with self._starting:
             if self._pool is None or not self._pool.active:
-                self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory],
-                                         context=get_context("spawn"))  # (a fork would copy CUDA's state, and locks)
+                context = get_context("forkserver")  # (a plain fork would copy CUDA's state, and locks)
+                context.set_forkserver_preload([Path(sys.argv[0]).stem, __name__, "math_verify"])  # once, for all workers
+                self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory], context=context)
             return self._pool
 
 
