@@ -45,7 +45,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
-from rewards import boxed, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold
+from rewards import gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
 
 T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
@@ -628,9 +628,6 @@ def _chat(messages: list[dict] | str) -> tuple[str, list]:
     return text, images
 
 
-ANSWER_IS = re.compile(r"(?i)^the (?:final )?answer is:?\s+(.*?)\.?$")
-
-
 def _final_answer(solution):
     """A solution, or a list of which any is right -> its last <answer>, else last \\boxed{}, else all of it."""
     if isinstance(solution, list):
@@ -638,11 +635,10 @@ def _final_answer(solution):
     if not isinstance(solution, str):
         return solution
     text = (re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL) or [solution])[-1].strip()
-    boxes = boxed(text)
-    text = boxes[-1][2] if boxes else text
+    text = (stated(text, whole=False) or [text])[-1].removesuffix(".")
     if "\n" in text:  # a whole derivation: no response would ever equal it
         raise ValueError("its solution has neither <answer> nor \\boxed{}; add the final answer as `answer`")
-    return ANSWER_IS.sub(r"\1", text)
+    return text
 
 
 def _pictures(value, folders: tuple[Path, ...]) -> tuple:
@@ -809,7 +805,7 @@ def _mathv360k(row: dict) -> dict:
     text = human["value"].replace("<image>", "").strip()  # of the one picture, which then comes first
     text = re.sub(r"^(?:Hint:[^\n]*\n+)?(?:Question:\s*)?", "", text)
     stem, mark, listed = text.partition("\nChoices:")
-    gold = ANSWER_IS.sub(r"\1", gpt["value"].strip())
+    gold = (stated(gpt["value"]) or [gpt["value"].strip()])[-1].removesuffix(".")
     choices = split_options(listed)[1] if mark else ()
     return {"question": (stem if choices else text).strip(), "choices": choices, "answer": gold,
             "images": row["image"], "meta": {"id": row.get("id"), "subset": row["image"].split("/")[0]}}
@@ -838,7 +834,8 @@ def _mathverse(row: dict) -> dict:
 
 
 def _mmmu(row: dict) -> dict:
-    """Marks `<image 1>` in the question or its options name columns; here pictures come in the order of their marks."""
+    """Marks `<image 1>` in the question or its options name columns; here pictures come in the order of their marks.
+    Numbers are rounded to two decimals, as MMMU's own script does."""
     def given(text: str) -> str:
         return re.sub(r"<image (\d)>", lambda mark: "<image>" if f"image_{mark[1]}" in row else mark[0], text)
 
@@ -849,7 +846,7 @@ def _mmmu(row: dict) -> dict:
     if not choices and gold.startswith("["):  # any of these is right
         gold = ast.literal_eval(gold)
     return {"id": row["id"], "question": "<image>" * len(unnamed) + given(row["question"]),
-            "choices": [given(choice) for choice in choices], "answer": gold,
+            "choices": [given(choice) for choice in choices], "answer": gold, "precision": None if choices else 2,
             "images": [row[name] for name in unnamed + order if name in row],
             "meta": _meta(row, "subfield", "topic_difficulty", "question_type")
             | {"subject": re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}}

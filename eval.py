@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
                   read_any, stored, verifiable)
-from rewards import (MAX_ANSWER, TAGS, Response, named_option, normal_text, parse_items, quantity, score, score_groups,
-                     section, sides)
+from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score, score_groups,
+                     section, sides, stated)
 from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
                      stop_processes)
 
@@ -235,7 +235,7 @@ def drawn(rng: np.random.Generator, count: int, draws: int) -> np.ndarray:
 
 def vote(answer: str, record: Record) -> str:
     """What equal answers share: the option's letter, the number and its unit, the items of a list, or the text."""
-    answer = answer[:MAX_ANSWER + 1]
+    answer = (stated(answer) or [answer])[-1][:MAX_ANSWER + 1]
     option = named_option(answer, record.choices) if record.answer_type == "choice" else None
     if option is not None:
         return ascii_uppercase[option]
@@ -252,7 +252,8 @@ def vote_of_item(item: str, nouns: bool) -> str:
         return normal_text(item)
     value, size, unit = found
     number = float(value * size)
-    return f"{number:.6g} {unit}" if abs(number) < 1 else f"{number:.5f} {unit}"
+    digits = f"{number:.6g}" if abs(number) < 1 else f"{number:.5f}"
+    return digits + ("" if unit == THINGS else str(unit))
 
 
 def majority_right(result: Result) -> float:
@@ -465,6 +466,26 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
         notes.append(f"{benchmark}: these are {first['problems']} of {first['published']} published problems.")
     table = markdown([benchmark, "problems", *(f"{s['prompt']}, {s['sampling']}" for s in runs)], lines)
     return "\n".join((["", table] if lines else []) + notes)
+
+
+def unread_note(job: Job, results: list[Result]) -> str:
+    """What to say where more than half of the responses give no answer that can be read: what they look like, and what
+    to try; else empty."""
+    responses = [response for result in results for response in result.responses]
+    unread = [response for response in responses if response.answer is None]
+    if 2 * len(unread) <= len(responses):
+        return ""
+    cut = sum(response.truncated is True for response in unread)
+    ends = [" ".join(response.text.split())[-60:] for response in unread if response.text.strip()]
+    if 2 * len(ends) < len(unread):
+        advice = "Most are empty: look at what wrote them."
+    elif 2 * cut > len(unread):
+        advice = "Most were cut off: try a larger --max-tokens."
+    else:
+        advice = ("Try another --prompt (the question may ask for another form of answer), and look whether the model is "
+                  "an instruct one that is asked in its own chat template.")
+    return (f"\n{job.benchmark}, {job.prompt}, {job.sampling}: {len(unread)} of {len(responses)} responses give no answer "
+            f"that can be read. They end: {', '.join(f'...{end!r}' for end in ends[:3]) or 'nowhere'}. {advice}")
 
 
 # --- pages and curves -------------------------------------------------------------------------------------------------
@@ -962,8 +983,8 @@ def main() -> None:
         by_place = dict(zip(order[job.benchmark], answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
     if rank_and_world()[0] == 0:
-        print(tables(write_results(args.out, done, read_json(args.out / "settings.json"))), f"-> {args.out}",
-              sep="\n\n")
+        scores = write_results(args.out, done, read_json(args.out / "settings.json"))
+        print(tables(scores), *filter(None, (unread_note(job, results) for job, results in done)), f"\n-> {args.out}", sep="\n")
     stop_processes()
 
 

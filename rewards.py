@@ -3,22 +3,25 @@
     group_rewards       P prompts of G judged responses each -> Rewards: bonus, weight w(d), weighted advantages
     format_reward       are the tags there, in order, each once?
     extract_answer      what the response gives as its answer
-    answer_matches      the one judge of answers, for training and evaluation alike
+    answer_matches      the one judge of answers, for training and evaluation alike; plain: the one spelling it compares
     read_gold           what a gold must be, for a rule to judge by it; gold_fault: why math-verify cannot read one
 
 Departures from the official code (zrguo/Observe-R1), each with its reason:
  1. No correct answer, no bonus: there, all lengths of an all-wrong group are inf, inf > 100, and a WRONG one is paid.
  2. A gold that no rule can read is refused when data is loaded or a run starts: there, it pays 1.0 for any answer.
  3. Accuracy is kept apart from the sum: there, "correct" is `rewards.trunc()`, wrong once format + bonus reach 1.
- 4. Answers are read without their tags: there, `<answer>0.5</answer>` and `<answer>42 ft</answer>` score 0.
+ 4. Answers are read without their tags: there, `<answer>1/2</answer>` for $\\frac{1}{2}$, `<answer>1,000</answer>` for
+    1000 and `<answer>42 ft</answer>` for 42 score 0.
  5. Golds and letters are read whole: there, gold "1228 142.67" is its last number, and a letter is a substring
     ("B. 10 m" passes, "B. 10 cm" fails because of the c, "that" passes for gold A).
  6. Format is strict: there, text around the tags, empty tags, repeated tags and <observe> inside of <think> pass.
  7. math-verify gets the gold first: it is asymmetric, and there the two are swapped.
  8. Equal rewards give an advantage of exactly 0: there, float noise over 1e-9 makes 0.9 out of eight rewards of 0.7.
  9. What is logged as the reward is the whole of it: there, the bonus is left out.
-10. Without an <answer>, `\\boxed{}` or a closing "the answer is X" is read: a model that never writes tags would
-    otherwise be right 0 times in 8, its weight 0, and so never learn to write them.
+10. Without an <answer>, only what is given as the final answer is read (final_answers): there, any text is searched,
+    and "blah 7 blah 42" and a cut-off "<answer>42" score 1. Nothing at all would be too strict: a model that never
+    writes tags would be right 0 times in 8, its weight 0, and so never learn to write them.
+11. The last <answer> counts, and another one that differs makes a hedge, which is wrong: there, the first counts.
 
 Shapes: P prompts, G responses of a group.
 """
@@ -284,7 +287,7 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}").replace("\r\n", "\n")
     text = re.sub(r"(?i)</?s>|<\|\w+\|>", " ", text).translate(LOOKALIKES)
     text = FAREWELL.sub("", text.rpartition("</think>")[2].strip() or text.strip())
-    return stated(text, whole=False) or lone_answer(text) or only_option(text, choices)
+    return stated(text, whole=False) or ([] if "<think>" in text else lone_answer(text) or only_option(text, choices))
 
 
 def stated(text: str, whole: bool = True) -> list[str]:
@@ -360,9 +363,12 @@ def boxed(text: str) -> list[tuple[int, int, str]]:
 
 # --- the rules, by answer type ----------------------------------------------------------------------------------------
 
-def _number(answer: str, gold: str, record: Problem) -> bool:
-    parts = sides(answer)
-    return not UNFINISHED.search(parts[-1]) and all(equal(part, gold, record.precision, nouns=True) for part in parts)
+def _value(answer: str, gold: str, record: Problem) -> bool:
+    """A number or a formula; of `x = 24*24 = 576` every side but the name, and the last one worked out."""
+    number, parts = record.answer_type == "number", [answer] if "=" in plain(gold) else sides(answer)
+    if number and UNFINISHED.search(parts[-1]):
+        return False
+    return all(equal(part, gold, record.precision, nouns=number) for part in parts)
 
 
 def _text(answer: str, gold: str, record: Problem) -> bool:
@@ -384,12 +390,7 @@ def _choice(answer: str, gold: str, record: Problem) -> bool:
     return named_option(answer, record.choices) == option_index(gold, record.choices)
 
 
-def _math(answer: str, gold: str, record: Problem) -> bool:
-    parts = [answer] if "=" in plain(gold) else sides(answer)
-    return all(equal(side, gold, record.precision) for side in parts)
-
-
-RULES = {"choice": _choice, "number": _number, "list": _list, "text": _text, "math": _math}
+RULES = {"choice": _choice, "number": _value, "list": _list, "text": _text, "math": _value}
 
 
 def equal(answer: str, gold: str, precision: int | None = None, nouns: bool = False) -> bool:
@@ -458,15 +459,14 @@ LISTED = re.compile(r"\b[A-J][).:]|\b(?:or|and|not) \(?[A-J]\b")
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unread
 LETTERS = "ABCDEFGHIJ"  # what a choice may be when its options stand in the question or in the picture
 
-SIGNS = """× times · cdot ÷ div ± pm ≤ leq ≥ geq ≠ neq ≈ approx ∞ infty ∠ angle △ triangle ° circ ∪ cup ∩ cap ∈ in ⊥ perp
-    ∥ parallel ≅ cong √ sqrt ⊙ odot α alpha β beta γ gamma δ delta ε epsilon θ theta λ lambda μ mu ρ rho σ sigma φ phi
-    ω omega π pi Δ Delta Ω Omega""".split()
-MACROS = dict(zip(SIGNS[1::2], SIGNS[::2])) | {"le": "≤", "ge": "≥", "ne": "≠", "leqslant": "≤", "geqslant": "≥",
-          "degree": "°", "degrees": "°", "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac"}
-MACROS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf".split(), "")
-MACROS |= dict.fromkeys("text mathrm textbf mathbf textrm textit mathit mbox operatorname".split(), r"\text")
-FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln lg exp".split()
-MACROS |= {name: f" {name} " for name in FUNCTIONS}
+FUNCTION = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp"
+SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ div|± pm|≤ leq le leqslant|≥ geq ge geqslant
+    |≠ neq ne|≈ approx|∞ infty|∠ angle|△ triangle|° circ degree degrees|∪ cup|∩ cap|∈ in|⊥ perp|∥ parallel|≅ cong|√ sqrt
+    |⊙ odot|α alpha|β beta|γ gamma|δ delta|ε epsilon|θ theta|λ lambda|μ mu|ρ rho|σ sigma|φ phi|ω omega|π pi|Δ Delta
+    |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox operatorname""".split("|"))
+         for macro in macros}  # LaTeX's names -> the sign that stands for them here
+SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf".split(), "")
+SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]")
 UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
     (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))]
@@ -475,20 +475,20 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_])", r"\1"),
     (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"), (r"(?i)\bper cent\b", "%"),
     (r"\s*\*?\s*(?:\^\s*\{?\s*[°o]\s*\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
-    (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)(?:\b(?:square|sq\.?) ?|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"),
+    (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"),
     (r"(?<=[a-z]{2}) squared\b", "^{2}"), (r"(?<=[a-z]{2}) cubed\b", "^{3}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\frac\s*([^\s{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([^\s{])", r"\1{\2}"), (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"),
     (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"√{\1\2}"), (r"√\s+(?=\{)", "√"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r"\s*\^\s*(?:\(([^()]*)\)|(-?\d+|-?[A-Za-z]))", r"^{\1\2}"),
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"),
-    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"^[A-Z][a-z]{2,}[a-z ]*=", ""), (r"\s+", " "))]
+    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"^\s*(?:[A-Z][A-Za-z.][A-Za-z. ]*)?=\s*", ""), (r"\s+", " "))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:approximately|approx\.?|about|around|roughly|exactly) ")
 NAME = re.compile(r"(?!.*\b(?:or|not|and)\b)(?:(?=[^\W\d]|[∠△|\\])(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")  # the x of x = 12
 MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|\d!|\d[a-zA-Zα-ω]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b
-    |\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b|\b(?:{"|".join(FUNCTIONS)})\b""",
+    |\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b|\b(?:{FUNCTION})\b""",
     re.VERBOSE)  # signs that a text is a formula
 GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}")  # names, of which no letter may change its place
 
@@ -508,12 +508,13 @@ NOT_UNITS = re.compile(r"""(?ix) and|but|not|nor|than|plus|minus|times|over|out|
     |hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*
-    (?:(?:([0-9]+)\s*(?=\s|\\))?\s*(?:\\frac\s*\{{\s*(-?{DECIMAL})\s*\}}\s*\{{\s*(-?{DECIMAL})\s*\}}|({DECIMAL})\s*/\s*(-?{DECIMAL}))
-      |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))
-    (\s*)([^0-9\s].*)?""", re.VERBOSE | re.DOTALL)  # 7/3, 2 1/3, \frac{7}{3}; 1,234.5 or 4.9e-8; its unit
+NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})         # 7/3, 2 1/3
+    |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))(\s*)([^0-9\s].*)?  # 1,234.5e-8 cm
+    """, re.VERBOSE | re.DOTALL)
+FRACTION = re.compile(rf"(-?)\\frac\s*\{{\s*(-?{DECIMAL})\s*\}}\s*\{{\s*(-?{DECIMAL})\s*\}}")
 UNIT = re.compile(r"(/|\bper\b)|(°[CF]?|[%$€£¥]|[^\W\d_]+)(?:\^?\{?(-?[1-4])\}?)?|[\s·.*-]+")
 Dimensions = tuple[tuple[str, int], ...]  # (("m", 1), ("s", -1)); () is no unit
+THINGS: Dimensions = (("things", 1),)  # any nouns
 Quantity = tuple[Fraction, Fraction, Dimensions]  # the number, its unit's size, its unit's dimensions
 
 
@@ -530,7 +531,7 @@ def plain(text: str) -> str:
     text = re.sub(r"\\[()\[\]]", "$", text).replace("\\boxed{", "")  # (one that is cut off)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # (else it is a currency)
         text = re.sub(r"(?<!\\)\$", "", re.sub(r"(?<=[^\s$])\$\s+\$(?=[^\s$])", " ; ", text))  # ;: several formulas
-    text = re.sub(r"\\([A-Za-z]+) *", lambda macro: MACROS.get(macro[1], macro[0]), text)
+    text = re.sub(r"\\([A-Za-z]+) *", lambda macro: SIGNS.get(macro[1], macro[0]), text)
     for pattern, form in SPELLINGS:
         text = pattern.sub(form, text)
     text = text.strip().rstrip(".,;").strip()
@@ -559,15 +560,14 @@ def quantity(text: str, nouns: bool = False) -> Quantity | None:
     """
     if len(text) > MAX_ANSWER:
         return None
-    text = plain(text)
+    text = FRACTION.sub(r" \1\2/\3", plain(text)).strip()
     text = text[1:-1] if text[:1] + text[-1:] == "()" and "," not in text else text
     first, _, rest = text.partition(" ")
     match = NUMBER.fullmatch(f"{WORDS.index(first.lower())} {rest}" if first.lower() in WORDS else text)
     if not match:
         return None
-    sign, currency, whole, top, bottom, over, under, digits, space, after = match.groups()
+    sign, currency, whole, top, bottom, digits, space, after = match.groups()
     unit = read_unit(currency or after or "", nouns, attached=not space and not currency)
-    top, bottom = top or over, bottom or under
     if unit is None or currency and after or bottom and not Fraction(bottom):
         return None
     value = Fraction(top) / Fraction(bottom) + int(whole or 0) if top else Fraction(digits.replace(",", ""))
@@ -596,9 +596,8 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[F
             return None
         elif name not in NEUTRAL:
             noun = noun or bool(name)
-    if noun and not powers:
-        powers["thing"] = 1
-    return size, tuple(sorted((base, n) for base, n in powers.items() if n))
+    dimensions = tuple(sorted((base, n) for base, n in powers.items() if n))
+    return size, dimensions or (THINGS if noun else ())
 
 
 def unit_named(name: str) -> tuple[Fraction, Dimensions] | None:
@@ -711,10 +710,11 @@ UNREAD = {"choice": "names none of the options", "number": "is no number", "list
 
 
 def gold_fault(record: Problem) -> str | None:
-    """Why no rule can judge by the record's gold (of a record that read_gold took: a formula that math-verify cannot
-    parse); None: one can."""
-    for gold in record.golds if record.answer_type == "math" else ():
-        if not (GEOMETRY.search(plain(gold)) or VERIFIER(latex(measured(plain(gold))[0]), None)):
+    """Why a gold that read_gold took does not even judge its own text right (a formula that math-verify cannot parse);
+    None: all do."""
+    for gold in record.golds:
+        formula = record.answer_type == "math" and not GEOMETRY.search(plain(gold))
+        if not (same_formula(gold, gold) if formula else RULES[record.answer_type](gold, gold, record)):
             return f"record {record.id}: math-verify cannot read its answer {gold!r}; is it a text?"
     return None
 
@@ -722,16 +722,22 @@ def gold_fault(record: Problem) -> str | None:
 # --- math-verify ------------------------------------------------------------------------------------------------------
 
 # What sympy would compute for minutes: towers of powers, huge powers and factorials, deep nesting.
-ENDLESS = re.compile(r"\^[\s{(]*-?\d{4,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}")
+ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}")
 AMBIGUOUS = re.compile(r";|\\text|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or no formula
 BODY = re.compile(r"((?:\\frac|[\d\s.,{}()\[\]+\-*/^×·÷π√±e]|°(?![CF]))*?[\d)}π])\s*((?:°[CF]?|[%$€£¥]|[^\W\d_π]).*)")
 
 
+WORDED = re.compile(r"(.+\S)\s([A-Za-z]{2,}(?:\^\{[1-3]\})?)")  # 2x cm
+
+
 def measured(text: str) -> tuple[str, tuple]:
-    """`12√{2} cm` -> 12√{2} and its unit. Beside variables no letter is a unit: `\\frac{1}{2} b h`."""
-    match = BODY.fullmatch(text)
-    unit = read_unit(match[2], attached=True) if match else None
-    return (match[1], unit if unit[1] else ()) if match and unit else (text, ())
+    """`12√{2} cm` -> 12√{2} and its unit. Beside variables a letter is no unit: `\\frac{1}{2} b h`."""
+    for pattern in (BODY, WORDED):
+        match = pattern.fullmatch(text)
+        unit = read_unit(match[2], attached=True) if match else None
+        if match and unit and unit[1]:
+            return match[1], unit
+    return text, ()
 
 
 def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
@@ -747,16 +753,17 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
 
 def letters(formula: str) -> set[str]:
     """The variables of a plain formula."""
-    return set(re.findall(r"[^\W\d_]", re.sub(rf"\\[A-Za-z]+|{'|'.join(FUNCTIONS)}|(?<=\d)e(?=[+-]?\d)", "", formula))) - {"π"}
+    return set(re.findall(r"[^\W\d_]", re.sub(rf"\\[A-Za-z]+|{FUNCTION}|(?<=\d)e(?=[+-]?\d)", "", formula))) - {"π"}
 
 
 def latex(formula: str) -> str:
     """A plain formula as math-verify reads it."""
     formula = re.sub(r"(?<=\d)e([+-]?\d+)", r" \\times 10^{\1}", formula)
     formula = re.sub(r"(\d+)(?: (\d+)/(\d+)| *\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\2\4}{\3\5})", formula)  # 2 1/3
-    formula = re.sub(rf"(?<!\\)({'|'.join(FUNCTIONS)})", r"\\\1 ", formula).replace("°", r"\frac{\pi}{180}")
-    for sign, macro in zip(SIGNS[::2], SIGNS[1::2]):
-        formula = formula.replace(sign, rf"\{macro} ")
+    formula = re.sub(rf"(?<!\\)({FUNCTION})", r"\\\1 ", formula).replace("°", r"\frac{\pi}{180}")
+    for macro, sign in SIGNS.items():
+        if len(sign) == 1:  # (its first name replaces it)
+            formula = formula.replace(sign, rf"\{macro} ")
     return " ".join(formula.replace(r"\sqrt ", r"\sqrt").replace("*", r" \cdot ").split())
 
 
