@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
                   read_any, stored, verifiable)
-from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score, score_groups,
-                     section, sides, stated)
+from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
+                     score_groups, section, sides, stated)
 from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
                      stop_processes)
 
@@ -482,10 +482,10 @@ def unread_note(job: Job, results: list[Result]) -> str:
     elif 2 * cut > len(unread):
         advice = "Most were cut off: try a larger --max-tokens."
     else:
-        advice = ("Try another --prompt (the question may ask for another form of answer), and look whether the model is "
-                  "an instruct one that is asked in its own chat template.")
-    return (f"\n{job.benchmark}, {job.prompt}, {job.sampling}: {len(unread)} of {len(responses)} responses give no answer "
-            f"that can be read. They end: {', '.join(f'...{end!r}' for end in ends[:3]) or 'nowhere'}. {advice}")
+        advice = ("Try another --prompt (the question may ask for another form of answer), and look whether the model "
+                  "is an instruct one that is asked in its own chat template.")
+    return (f"\n{job.benchmark}, {job.prompt}, {job.sampling}: {len(unread)} of {len(responses)} responses give no "
+            f"answer that can be read. They end: {', '.join(f'...{end!r}' for end in ends[:3]) or 'nowhere'}. {advice}")
 
 
 # --- pages and curves -------------------------------------------------------------------------------------------------
@@ -984,7 +984,8 @@ def main() -> None:
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
     if rank_and_world()[0] == 0:
         scores = write_results(args.out, done, read_json(args.out / "settings.json"))
-        print(tables(scores), *filter(None, (unread_note(job, results) for job, results in done)), f"\n-> {args.out}", sep="\n")
+        notes = [note for job, results in done if (note := unread_note(job, results))]
+        print(tables(scores), *notes, f"\n-> {args.out}", sep="\n")
     stop_processes()
 
 

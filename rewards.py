@@ -28,7 +28,6 @@ Shapes: P prompts, G responses of a group.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -44,6 +43,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from string import ascii_uppercase
@@ -205,7 +205,7 @@ def answer_matches(answer: str, record: Problem) -> bool:
 
 
 def accuracy_reward(text: str, record: Problem) -> float:
-    """1.0 when the response's answer is right, else 0.0. Two different answers given as final are a hedge, and wrong."""
+    """1.0 when the response's answer is right, else 0.0; two different ones given as final are a hedge, and wrong."""
     return float(_all_right(final_answers(text, record.choices), record))
 
 
@@ -254,40 +254,41 @@ def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str)
 
 # --- where a response gives its answer --------------------------------------------------------------------------------
 
-CLOSING = re.compile(r"""(?ix)
+CLOSING = re.compile(r"""(?xi)
     (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 答え | 正解 | 정답
-      | \b(?:correct|right|best|final)\s+(?:option|choice|value|result|one)\b )
-    (?:\s+corr\w+)? \]?
-    (?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s+\w+(?:\s+\w+)?)? (?:\s+(?:choice|option)\b)? [*_"”'\s]*
-    (?: (?:is|would\ be|should\ be|must\ be|will\ be|are|es|est|ist|é|è)(?!\w) | 应?[该当]?[是为] | [は은는] | (?=[:=]) )
-    \s*[:=]? [*_\s]* (?:(?:therefore|thus|then|definitely|clearly|indeed|simply|probably|(?:most\ )?likely|also)\b,?\s*)*
-  | ^[#*_\ \t]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ \t]*$         # a heading
-  | <answer>\s*:                                                        # as We-Math asks for it
+      | \b(?:correct|right|best|final)\s+(?:option|choice|value|result|one)\b ) (?:\s+corr\w+)? \]?
+    (?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s+\w+(?:\s+\w+)?)? (?:\s+(?:choice|option)\b)? [*_"'\s]*
+    (?: (?:is|(?:would|should|must|will)\ be|are|es|est|ist|é|è)(?!\w) | 应?[该当]?[是为] | [は은는] | (?=[:=]) )
+    \s*[:=]?[*_\s]* (?:(?:therefore|thus|then|definitely|clearly|indeed|simply|probably|(?:most\ )?likely|also)\b,?\s*)*
+  | ^[#*_\ \t]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ \t]*$   # a heading
+  | <answer>\s*:                                                       # as We-Math asks for it
   | (?:选择?|答案\]) [:\s]* (?=\(?[A-J](?![A-Za-z]))
   | \bI(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick)\b""", re.MULTILINE)
 NAMED = re.compile(r"(?i)(?:\b(?:option|choice|answer) )?(\([A-J]\)|(?<=option )[A-J]|(?<=choice )[A-J]) is (?:the )?"
                    r"(?:correct|right|best)\b")  # "option (D) is correct"
-CONCLUDED = re.compile(r"(?i)(?:so|therefore|thus|hence|in total|因此|所以)\b.*(?:\b(?:is|are|equals)\b|=|[为是])\s*(\S.*)")
+CONCLUDED = re.compile(r"(?i)(?:so|therefore|thus|hence|因此|所以)\b.*(?:\b(?:is|are|equals)\b|=|[为是])\s*(\S.*)")
 SUPPOSED = re.compile(r"(?i)\b(?:if|whether|unless|suppose|assuming)\b[^.\n]*$")  # before a closing phrase
-RETRACTED = re.compile(r"(?i)(?:^|[.?!\n])[ \t*]*(?:but|wait|however|or|no,? (?:wait|that|it|i)|hmm+|actually|alternatively|correction|sorry|"
-                       r"oops|on second thought|let me (?:re|double)|i made|that(?:'s| is) (?:not|wrong))\b|(?-i:\A\W*\n\W*[A-J][).:]\s)")  # after it
-REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|i'm|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
-SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|\n|です|입니다")
-FAREWELL = re.compile(r"(?i)(?:\n\s*(?:i hope|let me know|is there any|do you|feel free|thank|if you have|please let)[^\n]*)+$")
-NEGATED = re.compile(r"(?i)\b(?:not?|neither|nor|never|except|unlike|without|instead|rather)\b|n't|\?|^(?:i|i'm|sorry)\b")
+RETRACTED = re.compile(r"""(?x)(?:^|[.?!\n])[ \t*]*(?i:but|wait|however|or|no,?\ (?:wait|that|it|i)|hmm+|actually|sorry|oops
+    |alternatively|correction|on\ second\ thought|let\ me\ (?:re|double)|i\ made|that(?:'s|\ is)\ (?:not|wrong))\b
+    |\A\W*\n\W*[A-J][).:]\s""")  # after it: second thoughts, or a list of options
+REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
+SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다")
+FAREWELL = re.compile(r"(?i)(?:\n\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)[^\n]*)+$")
+NEGATED = re.compile(r"(?i)\b(?:not?|neither|nor|never|except|unlike|without|instead|rather)\b|n't|\?|^(?:i|sorry)\b")
 NEAR, TAIL, MOST = 300, 400, 50  # characters between answers given together, and after the last; answers that are read
 
 
 def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
     text = re.sub(r"(?i)<(/?)answer *>(?! *:)", r"<\1answer>", text)
-    tagged = [inside.strip() for inside in re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)]
-    if tagged:
-        return [answer for inside in tagged for answer in stated(inside) or [inside]] if tagged[-1] else []
+    tags = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+    if tags:
+        return [answer for inside in tags for answer in stated(inside) or [inside.strip()]] if tags[-1].strip() else []
     text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}").replace("\r\n", "\n")
     text = re.sub(r"(?i)</?s>|<\|\w+\|>", " ", text).translate(LOOKALIKES)
     text = FAREWELL.sub("", text.rpartition("</think>")[2].strip() or text.strip())
-    return stated(text, whole=False) or ([] if "<think>" in text else lone_answer(text) or only_option(text, choices))
+    found = stated(text, whole=False)
+    return found or "<think>" not in text and (lone_answer(text) or only_option(text, choices)) or []
 
 
 def stated(text: str, whole: bool = True) -> list[str]:
@@ -310,10 +311,9 @@ def stated(text: str, whole: bool = True) -> list[str]:
 
 def following(text: str, start: int) -> tuple[str, int]:
     """What a closing phrase announces, on its line or the next one that is not empty -> it, and where it ends."""
-    match = re.compile(r"[\s*#:>]*(?:\\\[|\$\$)?\s*([^\n]{0,1001})").match(text, start)
-    line = match[1] if match else ""
-    answer = SENTENCE_END.split(line, maxsplit=1)[0]
-    return answer.strip(' *_"'), start if not match else match.start(1) + len(answer)
+    start = re.compile(r"[\s*#:>]*(?:\\\[|\$\$)?\s*|").match(text, start).end()  # type: ignore[union-attr]
+    answer = SENTENCE_END.split(text[start:start + MAX_ANSWER + 1].partition("\n")[0], maxsplit=1)[0]
+    return answer.strip(' *_"'), start + len(answer)
 
 
 def lone_answer(text: str) -> list[str]:
@@ -321,7 +321,7 @@ def lone_answer(text: str) -> list[str]:
     ends "So the sum is 12."; a sentence, a question, a refusal or a list of options is none."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     lettered = [line for line in lines if re.match(r"\W*[A-J](?:[).:]|\W*$)", line)]
-    if not lines or "\\boxed" in text or len(lettered) > 1 or len(lines[-1]) > MAX_ANSWER or REFUSED.search(text if len(lines) == 1 else lines[-1]):
+    if not lines or "\\boxed" in text or len(lettered) > 1 or len(lines[-1]) > MAX_ANSWER or REFUSED.search(lines[-1]):
         return []
     letter = r"\W*[A-J]\W*"
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
@@ -336,7 +336,7 @@ def lone_answer(text: str) -> list[str]:
 
 
 def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
-    """The text of the one option that prose names, "It is a plant cell.", where it names no other and denies nothing."""
+    """The one option whose text prose holds, "It is a plant cell.", where it holds no other's and denies nothing."""
     def words(text: str) -> str:
         return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
@@ -398,7 +398,9 @@ def equal(answer: str, gold: str, precision: int | None = None, nouns: bool = Fa
     if spaceless(answer) == spaceless(gold):
         return True
     a, g = quantity(answer, nouns), quantity(gold, nouns)
-    return same_quantity(a, g, precision) if a and g else same_formula(answer, gold, precision)
+    if g and (a or "," in answer):
+        return same_quantity(a, g, precision)
+    return same_formula(answer, gold, precision)
 
 
 def sides(answer: str) -> list[str]:
@@ -422,8 +424,8 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
         within = rest.strip("(), -")
         parts = {rest, within, re.split(r"[.,;:] |,? (?:because|since|as) ", within, maxsplit=1)[0]}
         named = {option_index(part, choices) for part in parts} - {None}
-        own = index in named if named else mark and space and not any(map(quantity, parts)) and not only_option(rest, choices)
-        return index if own and not LISTED.search(rest) else None
+        prose = mark and space and not any(map(quantity, parts)) and not only_option(rest, choices)
+        return index if (index in named if named else prose) and not LISTED.search(rest) else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
     alone = mark and space and not re.search(r"\b[A-J]\b", rest)
     return index if alone or rest.strip("()") == letter else None
@@ -473,44 +475,46 @@ UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and markdown -> plain text, in order
     (r"(?<![\w)}])\*\*(?!\s)([^*\n]+)\*\*(?![\w({])", r"\1"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"), (r"\*\*|`|^#+", ""),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_])", r"\1"),
-    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"), (r"(?i)\bper cent\b", "%"),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"),
     (r"\s*\*?\s*(?:\^\s*\{?\s*[°o]\s*\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
-    (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"),
-    (r"(?<=[a-z]{2}) squared\b", "^{2}"), (r"(?<=[a-z]{2}) cubed\b", "^{3}"),
+    (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)\bper cent\b", "%"),
+    (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
+    (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"), (r"(?<=[a-z]{2}) cubed\b", "^{3}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\frac\s*([^\s{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([^\s{])", r"\1{\2}"), (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"),
     (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"√{\1\2}"), (r"√\s+(?=\{)", "√"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r"\s*\^\s*(?:\(([^()]*)\)|(-?\d+|-?[A-Za-z]))", r"^{\1\2}"),
-    (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"),
-    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"^\s*(?:[A-Z][A-Za-z.][A-Za-z. ]*)?=\s*", ""), (r"\s+", " "))]
+    (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
+    (">=", "≥"), ("!=", "≠"), (r"^\s*(?:[A-Z][A-Za-z.][A-Za-z. ]*)?=\s*", ""), (r"\s+", " "))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:approximately|approx\.?|about|around|roughly|exactly) ")
-NAME = re.compile(r"(?!.*\b(?:or|not|and)\b)(?:(?=[^\W\d]|[∠△|\\])(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")  # the x of x = 12
-MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|\d!|\d[a-zA-Zα-ω]\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b
-    |\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b|\b(?:{FUNCTION})\b""",
-    re.VERBOSE)  # signs that a text is a formula
+NAME = re.compile(r"(?!.*\b(?:or|not|and)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
+                  r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")
+MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|\d!|\d[a-zA-Zα-ω]\b|\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b
+    |\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
+    |\b(?:{FUNCTION})\b""", re.VERBOSE)  # signs that a text is a formula
 GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}")  # names, of which no letter may change its place
 
 # Units: names, then what they are in units above, if anything. Those with a star take prefixes.
 PREFIXES = {"": 1, "k kilo 千": 1000, "c centi 厘": "1/100", "m milli 毫": "1/1000", "d deci 分": "1/10",
             "M mega": 10**6, "G giga": 10**9, "μ u micro 微": "1/1000000", "n nano": "1/1000000000"}
-UNIT_TABLE = """*m meter metre 米|*g gram gramme 克|*s sec second 秒|min minute 分钟=60 s|h hr hour 小时 时=60 min
+UNIT_TABLE = """*m meter metre 米|*g gram gramme 克|*s sec second 秒|min minute 分钟=60 s|h hr hour 小时=60 min
     day 天=24 h|week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft
-    mile mi 英里=1760 yd|*L l liter litre 升=.001 m^{3}|hectare ha 公顷=10000 m^{2}|acre=4840 yd^{2}|公里=1000 m|海里 nmi=1852 m
-    gallon gal|公斤 斤=1 kg|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius ℃|°F fahrenheit
+    mile mi 英里=1760 yd|公里=1000 m|海里 nmi=1852 m|*L l liter litre 升=.001 m^{3}|gallon gal|hectare ha 公顷=10000 m^{2}
+    acre=4840 yd^{2}|公斤=1 kg|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit
     *K kelvin|*N newton|*J joule|*W watt|*Wh|*Pa pascal|*Hz hertz|*V volt|*A amp ampere|*C coulomb|*F farad|*Ω ohm
-    *mol mole|*cal calorie|*eV|*T tesla|*bar|atm|*byte|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro eur
+    *mol mole|*cal calorie|*eV|*T tesla|*bar|atm|*byte|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro
     £ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
-NOT_UNITS = re.compile(r"""(?ix) and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|below|above
-    |under|zero|negative|less|more|fewer|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|percent
-    |hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
+NOT_UNITS = re.compile(r"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|zero
+    |below|above|under|negative|less|more|fewer|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|percent|hal(?:f|ves)
+    |thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})         # 7/3, 2 1/3
-    |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))(\s*)([^0-9\s].*)?  # 1,234.5e-8 cm
-    """, re.VERBOSE | re.DOTALL)
+NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})   # 7/3, 2 1/3
+    |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))            # 1,234.5e-8
+    (\s*)([^0-9\s].*)?""", re.VERBOSE | re.DOTALL)                                             # its unit
 FRACTION = re.compile(rf"(-?)\\frac\s*\{{\s*(-?{DECIMAL})\s*\}}\s*\{{\s*(-?{DECIMAL})\s*\}}")
 UNIT = re.compile(r"(/|\bper\b)|(°[CF]?|[%$€£¥]|[^\W\d_]+)(?:\^?\{?(-?[1-4])\}?)?|[\s·.*-]+")
 Dimensions = tuple[tuple[str, int], ...]  # (("m", 1), ("s", -1)); () is no unit
@@ -606,15 +610,15 @@ def unit_named(name: str) -> tuple[Fraction, Dimensions] | None:
     return UNITS.get(name) or UNITS.get(small) or (UNITS.get(small[:-1]) if small[2:] and small[-1] == "s" else None)
 
 
-UNITS: dict[str, tuple[Fraction, Dimensions]] = {}
+UNITS: dict[str, tuple[Fraction, Dimensions]] = {}  # by name: its size and dimensions
 for entry in UNIT_TABLE.replace("\n", "|").split("|"):
     names, _, definition = entry.strip().partition("=")
     factor, _, base = definition.partition(" ")
-    unit = read_unit(base) if base else (Fraction(1), ((names.split()[0].lstrip("*"), 1),))
-    for prefixes, scale in PREFIXES.items() if names.startswith("*") else [("", 1)]:
-        for name in names.lstrip("*").split():
-            for prefix in prefixes.split() or [""]:
-                UNITS.setdefault(prefix + name, (unit[0] * Fraction(factor or 1) * Fraction(scale), unit[1]))
+    prefixed, names_ = names[0] == "*", names.lstrip("*").split()
+    size, dimensions = base and read_unit(base) or (Fraction(1), ((names_[0], 1),))
+    for prefixes, scale in PREFIXES.items() if prefixed else [("", 1)]:
+        for prefix, name in product(prefixes.split() or [""], names_):
+            UNITS.setdefault(prefix + name, (size * Fraction(factor or 1) * Fraction(scale), dimensions))
 UNITS |= {name.lower(): unit for name, unit in UNITS.items() if len(name) > 1 and name.lower() not in UNITS}
 
 
@@ -633,7 +637,8 @@ def same_quantity(answer: Quantity | None, gold: Quantity | None, precision: int
     if precision is not None:
         return any(round(value, precision) == round(g, precision) for value in values)
     decimal = any(10**300 % value.denominator == 0 for value in (a, g))  # .333333 is 1/3, .33 is not; 1/3 is no other
-    return any(abs(value - g) <= decimal * min(1, abs(g)) / 500_000 for value in values)
+    tolerance = min(Fraction(1), abs(g)) / 500_000 if decimal else 0
+    return any(abs(value - g) <= tolerance for value in values)
 
 
 def parse_number(text: str) -> float | None:
@@ -683,6 +688,8 @@ def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tup
     if isinstance(answer, dict):
         raise ValueError("its answer is an object; write a text, a number, or a list of which any is right")
     several = isinstance(answer, (list, tuple))
+    if several and len(answer) > 1 and all(type(gold) in (int, float) for gold in answer):
+        answer, several = str(list(answer)), False  # a list of numbers, such as a box, is one answer
     golds = tuple("" if gold is None else str(gold) for gold in (answer if several else [answer]))
     if not golds or not all(plain(gold) for gold in golds):
         raise ValueError(f"its answer is empty: {answer!r}")
@@ -744,16 +751,17 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
     """Are two formulas equal? What math-verify would misread is settled before it is asked: units, names of angles,
     words, several formulas; and other letters than the gold's."""
     (a, a_unit), (g, g_unit) = [measured(re.sub(r",? and ", ", ", plain(text))) for text in (answer, gold)]
-    if a_unit and g_unit and a_unit != g_unit or not a or a.count("=") > g.count("=") or a.count("'") != g.count("'"):
+    if a_unit and g_unit and a_unit != g_unit or any(a.count(sign) > g.count(sign) for sign in "='"):
         return False
-    if any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY)) or not letters(a) <= letters(g) | {"e", "i"}:
+    misread = any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY))
+    if misread or not a or not letters(a) <= letters(g) | {"e", "i"}:
         return False
     return VERIFIER(latex(g), latex(a), precision)
 
 
 def letters(formula: str) -> set[str]:
     """The variables of a plain formula."""
-    return set(re.findall(r"[^\W\d_]", re.sub(rf"\\[A-Za-z]+|{FUNCTION}|(?<=\d)e(?=[+-]?\d)", "", formula))) - {"π"}
+    return set(re.findall(r"[^\W\d_]", re.sub(rf"\\[A-Za-z]+|{FUNCTION}|(?<=\d)e(?=[+-]?\d)|π", "", formula)))
 
 
 def latex(formula: str) -> str:
@@ -775,7 +783,7 @@ class Verifier:
     """
 
     def __init__(self, timeout: float = 5.0, memory: int = 1 << 30, workers: int = 0):
-        """memory: bytes that a worker may take beyond what its imports took. workers: 0 for 2 to 8, by a rank's cores."""
+        """memory: bytes that a worker may take beyond its imports. workers: 0 for 2 to 8, by the cores of a rank."""
         self.timeout, self.memory = timeout, memory
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = workers or max(2, min(8, cores))
@@ -822,8 +830,10 @@ class Verifier:
         with self._starting:
             if self._pool is None or not self._pool.active:
                 context = get_context("forkserver")  # (a plain fork would copy CUDA's state, and locks)
-                context.set_forkserver_preload([Path(sys.argv[0]).stem, __name__, "math_verify"])  # once, for all workers
-                self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory], context=context)
+                # What a worker needs is imported once, and no heir of a killed one waits for it.
+                context.set_forkserver_preload([Path(sys.argv[0]).stem, __name__, "math_verify"])
+                self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory],
+                                         context=context)
             return self._pool
 
 
