@@ -266,7 +266,8 @@ CLOSING = re.compile(r"""(?xi)
   | \bI(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick)\b""", re.MULTILINE)
 NAMED = re.compile(r"(?i)(?:\b(?:option|choice|answer) )?(\([A-J]\)|(?<=option )[A-J]|(?<=choice )[A-J]) is (?:the )?"
                    r"(?:correct|right|best)\b")  # "option (D) is correct"
-CONCLUDED = re.compile(r"(?i)(?:so|therefore|thus|hence|因此|所以)\b.*(?:\b(?:is|are|equals)\b|=|[为是])\s*(\S.*)")
+CONCLUDED = re.compile(r"(?i)(?:so|therefore|thus|hence|因此|所以)\b.*(?:\b(?:is|are|equals)\b|=|[为是])\s*(\S.*)"
+                       r"|(?!.*\b(?:not|wrong|incorrect)\b).* (?:is|are) (\([A-J]\).*)")  # the last sentence
 SUPPOSED = re.compile(r"(?i)\b(?:if|whether|unless|suppose|assuming)\b[^.\n]*$")  # before a closing phrase
 RETRACTED = re.compile(r"""(?x)(?:^|[.?!\n])[ \t*]*(?i:but|wait|however|or|no,?\ (?:wait|that|it|i)|hmm+|actually|sorry|oops
     |alternatively|correction|on\ second\ thought|let\ me\ (?:re|double)|i\ made|that(?:'s|\ is)\ (?:not|wrong))\b
@@ -324,6 +325,9 @@ def lone_answer(text: str) -> list[str]:
     if not lines or "\\boxed" in text or len(lettered) > 1 or len(lines[-1]) > MAX_ANSWER or REFUSED.search(lines[-1]):
         return []
     letter = r"\W*[A-J]\W*"
+    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1])
+    if concluded and (concluded[2] or quantity(concluded[1], nouns=True)):
+        return [concluded[1] or concluded[2]]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         words = len(text.split())
         return [text] if lettered or words < 5 or words < 9 and not text.endswith(".") else []
@@ -331,18 +335,21 @@ def lone_answer(text: str) -> list[str]:
         return [lines[0]]
     if re.fullmatch(rf"{letter}|\([A-J]\) .+|\$[^$]+\$|\\\(.+\\\)", lines[-1]) or quantity(lines[-1]):
         return [lines[-1]]
-    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1])
-    return [concluded[1]] if concluded and quantity(concluded[1], nouns=True) else []
+    return []
 
 
 def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
-    """The one option whose text prose holds, "It is a plant cell.", where it holds no other's and denies nothing."""
+    """The one option that prose begins with, "No, it is not.", or whose text it holds, "It is a plant cell.", where it
+    holds no other's and denies nothing."""
     def words(text: str) -> str:
         return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
-    prose = words(text)
+    first, prose = words(re.split(r"[.,;:!\n]", text)[0]), words(text)
+    begun = [choice for choice in choices if words(choice) == first]
     named = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in prose]
     named = [choice for choice in named if not any(words(choice) in words(other) for other in named if other != choice)]
+    if begun and set(named) <= set(begun) and not RETRACTED.search(text):
+        return begun[:1]
     return named if len(named) == 1 and not NEGATED.search(text) else []
 
 
@@ -425,7 +432,8 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
         parts = {rest, within, re.split(r"[.,;:] |,? (?:because|since|as) ", within, maxsplit=1)[0]}
         named = {option_index(part, choices) for part in parts} - {None}
         prose = mark and space and not any(map(quantity, parts)) and not only_option(rest, choices)
-        return index if (index in named if named else prose) and not LISTED.search(rest) else None
+        unlisted = same_option(rest, choices[index]) or not LISTED.search(rest)
+        return index if (index in named if named else prose) and unlisted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
     alone = mark and space and not re.search(r"\b[A-J]\b", rest)
     return index if alone or rest.strip("()") == letter else None
