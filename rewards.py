@@ -289,7 +289,8 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     text = re.sub(r"(?i)</?s>|<\|\w+\|>", " ", text).translate(LOOKALIKES)
     text = FAREWELL.sub("", text.rpartition("</think>")[2].strip() or text.strip())
     found = stated(text, whole=False)
-    return found or "<think>" not in text and (lone_answer(text) or only_option(text, choices)) or []
+    cut_off = re.search(r"<(?:think|answer)>", text)
+    return found or ([] if cut_off else lone_answer(text) or only_option(text, choices))
 
 
 def stated(text: str, whole: bool = True) -> list[str]:

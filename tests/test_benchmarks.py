@@ -129,12 +129,12 @@ def test_mmmu_by_hand(tmp_path):
                 "question_type": "x", "subfield": "x", "topic_difficulty": "Easy", "image_1": PICTURE}
 
     rows = [row("validation_Art_Theory_1", "B"), row("validation_Music_2", "A"), row("validation_Music_3", "A"),
-            row("validation_Math_4", "['24/7', '3.429']", "[]")]
+            row("validation_Math_4", "['24/7', '3.429']", "[]"), row("validation_Math_5", "2.83", "[]")]
     scores = scores_of("mmmu", answered("mmmu", hub_file(tmp_path, "validation-0", rows), "b", "I cannot tell",
-                                        "<think>hm, A", "3.429"))
-    assert accuracies(scores, "domain") == {"Art & Design": (3, .3333), "Science": (1, 1)}
-    assert accuracies(scores, "subject") == {"Art_Theory": (1, 1), "Music": (2, 0), "Math": (1, 1)}
-    assert scores["unreadable"] == 1 / 4 and len(DOMAINS) == 30 and len(set(DOMAINS.values())) == 6
+                                        "<think>hm, A", "3.429", "2.828"))  # (numbers to two decimals, as in its script)
+    assert accuracies(scores, "domain") == {"Art & Design": (3, .3333), "Science": (2, 1)}
+    assert accuracies(scores, "subject") == {"Art_Theory": (1, 1), "Music": (2, 0), "Math": (2, 1)}
+    assert scores["unreadable"] == 1 / 5 and len(DOMAINS) == 30 and len(set(DOMAINS.values())) == 6
 
 
 def test_mmstar_by_hand(tmp_path):
@@ -269,6 +269,20 @@ def test_scoring_leaves_all_files_and_is_refused_for_other_data(command, tmp_pat
         command("--benchmark", f"mathvista={vista}", "--responses", path, "--out", out, "--limit", 2)
 
 
+def test_responses_that_cannot_be_read_are_shown(command, tmp_path, capsys):
+    """A run of which nothing is read printed 0.0 and no word."""
+    copy = lines(tmp_path / "test.jsonl", *({k: v for k, v in mathvision_row(n).items() if k != "decoded_image"}
+                                            for n in (1, 2, 3)))
+    for texts, told in ((["I see a cube and a ball in the picture.", "Could you say more?", "<answer>1</answer>"],
+                         ["2 of 3 responses give no answer that can be read", "'Could you say more?'", "another --prompt"]),
+                        (["", " ", "3"], ["2 of 3 responses", "empty"]), (["1", "2", "I cannot tell."], [])):
+        rows = [{"id": str(n), "response": text} for n, text in enumerate(texts, 1)]
+        command("--benchmark", f"mathvision={copy}", "--responses", lines(tmp_path / "a.jsonl", *rows), "--prompt", "none",
+                "--out", tmp_path / f"out-{len(told)}")
+        out = capsys.readouterr().out
+        assert all(part in out for part in told) and ("can be read" in out) == bool(told)
+
+
 def test_answers_are_scored_without_the_pictures_and_scored_again(command, tmp_path, capsys):
     """A copy of the questions and golds is all that scoring needs; the page, written last, opened every picture.
 
@@ -281,7 +295,7 @@ def test_answers_are_scored_without_the_pictures_and_scored_again(command, tmp_p
         command("--benchmark", f"mathvision={copy}", "--responses", path, "--prompt", " none", "--out", tmp_path / name)
         assert "| mathvision | none   | given    | 3        | 66.7 [0.0, 100.0]" in capsys.readouterr().out
         [scores] = json.loads((tmp_path / name / "scores.json").read_text())["scores"]
-        assert list(scores["why_unusable"]) == ["mathvision-2"] and scores["unreadable"] == .5
+        assert list(scores["why_unusable"]) == ["mathvision-2"] and scores["unreadable"] == 0
         page = (tmp_path / name / "responses.html").read_text()
         assert "cannot use its picture" in page and "None tokens" not in page
 

@@ -99,8 +99,19 @@ def test_unknown_style_is_refused():
     (r"so \boxed{\frac{1}{2}", None),
     ("It is clear.\nThe answer is 12.", "12."),
     ("The answer is 3, no: the final answer is: B", "B"),
-    ("The answer is 12.\nBut wait, let me see", None),  # not closing
-    ("12", None),
+    ("The answer is 12.\nBut wait, let me see", None),  # taken back
+    ("The answer is 3.\nNow let me count the cubes.\n" + "One more cube stands behind them.\n" * 20, "3."),  # at first
+    ("Let me see.\nThe answer is 3.\n" + "One more cube stands behind them.\n" * 20, None),  # neither first nor last
+    ("12", "12"),
+    ("<answer>42", None),  # cut off
+    ("<think>so 12, or 13", None),
+    ("<think>so \\boxed{12}?</think>\n**13**", "**13**"),  # after the thoughts
+    (r"= \boxed{45 km}. The answer is: (E).", "(E)."),
+    ("<answer>So the answer is C.\n\\boxed{C}</answer>", "C"),
+    ("<Answer>B</Answer>", "B"),
+    ("<|begin_of_box|>B<|end_of_box|>", "B"),
+    ("Therefore, the correct answer is:\n\n(B) no", "(B) no"),
+    ("正确答案是 (B) no。", "(B) no."),
     ("<answer></answer>", None),
     ("<answer> \n </answer> the answer is 3", None),  # an empty tag is an empty answer
     ("", None),
@@ -287,7 +298,8 @@ def test_accuracy_is_not_read_off_the_sum():
 
 def test_tags_are_no_part_of_the_answer():
     """Official: answers were parsed with their tags on, and these scored 0."""
-    assert accuracy_reward("<answer>0.5</answer>", gold("0.5")) == 1
+    assert accuracy_reward("<answer>1/2</answer>", gold(r"$\frac{1}{2}$")) == 1
+    assert accuracy_reward("<answer>1,000</answer>", gold("1000")) == 1
     assert accuracy_reward("<answer>42 ft</answer>", gold("42")) == 1
 
 
@@ -395,6 +407,17 @@ def test_a_hung_verifier_is_killed_and_counted(started):
     worker.join()  # (ends: it was killed)
     assert not verifier(r"2\sqrt{3}", HANGS) and verifier.timeouts == 1  # remembered: a group says the same 8 times
     assert verifier(r"2\sqrt{3}", r"\sqrt{12}") and verifier.timeouts == 1  # a fresh worker answers
+
+
+def test_many_that_hang_cost_their_time_out_and_no_restart(started):
+    """Eight took 56 s, for each worker that was killed had to import torch and all again."""
+    verifier, workers = started(timeout=1.0, workers=4)
+    worked = time.process_time()
+    with ThreadPoolExecutor(4) as threads:
+        assert not any(threads.map(lambda n: verifier("2", f"{HANGS} + {n}"), range(8)))
+    assert verifier.timeouts == 8 and len(workers) == 4 and time.process_time() - worked < 1
+    heirs = [child for child in active_children() if child not in workers]
+    assert verifier("3", "3") and all(cpu(heir.pid) < 100 for heir in heirs), "a heir imports nothing: torch takes seconds"
 
 
 def test_hangs_hold_up_nobody_else(started):
