@@ -152,7 +152,7 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
 
 TAGS: dict[str, tuple[str, ...]] = {
     "none": ("answer",), "think": ("think", "answer"), "observe": ("observe", "think", "answer")}
-TAG = re.compile(r"(<\s*/?\s*(?:observe|think|answer)\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count as tags too
+TAG = re.compile(r"(<\s*(?:/\s*)?(?:observe|think|answer)\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count as tags too
 
 
 def format_reward(text: str, style: str = "observe") -> float:
@@ -256,87 +256,112 @@ def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str)
 
 CLOSING = re.compile(r"""(?xi)
     (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 答え | 正解 | 정답
-      | \b(?:correct|right|best|final)\s+(?:option|choice|value|result|one)\b ) (?:\s+corr\w+)? \]?
+      | \b(?:correct|right|best|final)\s+(?:option|choice)\b | \bfinal\s+(?:value|result)\b ) (?:\s+corr\w+)? \]?
     (?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s+\w+(?:\s+\w+)?)? (?:\s+(?:choice|option)\b)? [*_"'\s]*
     (?: (?:is|(?:would|should|must|will)\ be|are|es|est|ist|é|è)(?!\w) | 应?[该当]?[是为] | [は은는] | (?=[:=]) )
     \s*[:=]?[*_\s]* (?:(?:therefore|thus|then|definitely|clearly|indeed|simply|probably|(?:most\ )?likely|also)\b,?\s*)*
   | ^[#*_\ \t]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ \t]*$   # a heading
-  | <answer>\s*:                                                       # as We-Math asks for it
-  | (?:选择?|答案\]) [:\s]* (?=\(?[A-J](?![A-Za-z]))
-  | \bI(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick)\b""", re.MULTILINE)
-NAMED = re.compile(r"(?i)(?:\b(?:option|choice|answer) )?(\([A-J]\)|(?<=option )[A-J]|(?<=choice )[A-J]) is (?:the )?"
-                   r"(?:correct|right|best)\b")  # "option (D) is correct"
-CONCLUDED = re.compile(r"(?i)(?:so|therefore|thus|hence|因此|所以)\b.*(?:\b(?:is|are|equals)\b|=|[为是])\s*(\S.*)"
-                       r"|(?!.*\b(?:not|wrong|incorrect)\b).* (?:is|are) (\([A-J]\).*)")  # the last sentence
-SUPPOSED = re.compile(r"(?i)\b(?:if|whether|unless|suppose|assuming)\b[^.\n]*$")  # before a closing phrase
-RETRACTED = re.compile(r"""(?x)(?:^|[.?!\n])[ \t*]*(?i:but|wait|however|or|no,?\ (?:wait|that|it|i)|hmm+|actually|sorry|oops
-    |alternatively|correction|on\ second\ thought|let\ me\ (?:re|double)|i\ made|that(?:'s|\ is)\ (?:not|wrong))\b
-    |\A\W*\n\W*[A-J][).:]\s""")  # after it: second thoughts, or a list of options
+  | <answer>\s*: | 答案\]                                              # as We-Math asks for it
+  | (?<!不)选择?(?:选项)? [:\s]* (?=\(?[A-J](?![A-Za-z\u4e00-\u9fff]))
+  | \b(?:hence|thus|therefore|so|this\ is|answer|option),?:?\ (?:option\ |choice\ )?(?=\**\(?[B-J]\)?\**[.\s]*$)
+  | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick)\b""", re.MULTILINE)
+NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? )\W*|^\W*)(\(?[A-J]\b\)?)\W* is (?:indeed )?(?:the )?"
+                   r"(?:correct|right|best|answer)\b", re.MULTILINE)  # "option (D) is correct"
+CONCLUDED = re.compile(r"(?i)(?!.*\b(?:not|wrong|incorrect|whether|if|far)\b)(?:(?:so|therefore|thus|hence|因此|所以)\b.*"
+                       r"(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.* (?:is|are) (\([A-J]\).*))")  # the last sentence
+SUPPOSED = re.compile(r"(?i)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said|thinks?"
+                      r"|claims?|not (?:think|believe|sure))\b|n't (?:think|believe|say)|错误)[^.,\n]*$")  # before it
+RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*]*(?:(?:but\ )?wait|hmm+|oops|scratch|correction|on\ second\ thought|i\ made
+    |no,?\ (?:wait|that|it|i|\d|\(?[A-J]\b)|let\ me\ re|either|perhaps|maybe|or\ \(?(?:[A-J]|\d+)\b
+    |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect)|actually,?\ (?:it|no|the|that))\b
+    |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b|不对|错了|应该是|更正|等等
+    |\A\W*(?:is|was)\ (?:wrong|not|in|a\ trap)|\A\W*\n\W*(?-i:[A-J]\b(?:[).:\s]|$)|-?[\d.]+\W*(?:\n|$))""")  # after it
 REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
-SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다")
-FAREWELL = re.compile(r"(?i)(?:\n\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)[^\n]*)+$")
-NEGATED = re.compile(r"(?i)\b(?:not?|neither|nor|never|except|unlike|without|instead|rather)\b|n't|\?|^(?:i|sorry)\b")
-NEAR, TAIL, MOST = 300, 400, 50  # characters between answers given together, and after the last; answers that are read
+SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
+                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? (?=(?:because|since|as|due to) )")
+FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
+NEGATED = re.compile(r"(?i)\b(?:not?|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
+                     r"|wrong|incorrect|unlikely|cannot)\b|n't|\?|^(?:i|sorry|let)\b")
+THOUGHTS = re.compile(r"(?i)[<◁](/?)(?:think|thinking)[>▷]")
+NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
 
 
 def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
-    text = re.sub(r"(?i)<(/?)answer *>(?! *:)", r"<\1answer>", text)
-    tags = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+    text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")
+    text = re.sub(r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>", THOUGHTS.sub(r"<\1think>", text))
+    text = re.sub(r"(?i)</?[sb]>|<\|[^|<>]*\|>|<｜[^<>]*｜>|<(?:eos|end_of_turn)>", " ", text)
+    text = "\n".join(line for line in (" ".join(line.split(" ")) for line in text.split("\n")) if line.strip())
+    after = text.rpartition("</think>")[2]
+    text = after if after.strip() else text
+    tags = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)[-MOST:]
     if tags:
         return [answer for inside in tags for answer in stated(inside) or [inside.strip()]] if tags[-1].strip() else []
-    text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}").replace("\r\n", "\n")
-    text = re.sub(r"(?i)</?s>|<\|\w+\|>", " ", text).translate(LOOKALIKES)
-    text = FAREWELL.sub("", text.rpartition("</think>")[2].strip() or text.strip())
-    found = stated(text, whole=False)
-    cut_off = re.search(r"<(?:think|answer)>", text)
-    return found or ([] if cut_off else lone_answer(text) or only_option(text, choices))
+    lines = text.translate(LOOKALIKES).strip().split("\n")
+    while len(lines) > 1 and FAREWELL.match(lines[-1]):
+        lines.pop()
+    text = "\n".join(lines)
+    if re.search(r"<(?:think|answer)>(?! ?:)", text):  # cut off
+        return []
+    return stated(text, whole=False) or lone_answer(text) or only_option(text, choices)
 
 
 def stated(text: str, whole: bool = True) -> list[str]:
-    """The answers that boxes and closing phrases give as final. whole: of a text that may be one answer, box and all."""
+    """What boxes and closing phrases give as final answers. whole: of a text that may be one answer, box and all."""
     boxes = boxed(text)[-MOST:]
-    found = list(boxes)
+    found = [box for box in boxes if not re.search(r"(?i)\bnot[\s$]*$", text[max(0, box[0] - 9):box[0]])]
     for match in list(CLOSING.finditer(text))[-MOST:]:
         answer, end = following(text, match.end())
-        if answer and "\\boxed" not in answer and not SUPPOSED.search(text[max(0, match.start() - 80):match.start()]):
+        if answer and "boxed" not in answer and not SUPPOSED.search(text[max(0, match.start() - 80):match.start()]):
             found.append((match.start(), end, answer))
-    found += [(match.start(), match.end(), match[1]) for match in list(NAMED.finditer(text))[-MOST:]]
+    found += [(match.start(), match.end(), match[1]) for match in list(NAMED.finditer(text))[-MOST:]
+              if not SUPPOSED.search(text[max(0, match.start() - 80):match.start()])]
     if not found or whole and found == boxes and not re.search(r"[A-Za-z]{2}\s+[A-Za-z]{2}", text):
         return []
     start, end, last = max(found)
     closing = len(text) - end < TAIL or "\n" not in text[:start] or (start, end, last) in boxes
     if not closing or RETRACTED.search(text[end:]):
         return []
-    return [answer.strip() for at, _, answer in sorted(found) if at >= start - NEAR and answer.strip()]
+    rivals = [answer for at, _, answer in sorted(found)[:-1] if at >= start - NEAR and is_value(answer)]
+    return [answer.strip() for answer in (*rivals, last) if answer.strip()]
+
+
+def is_value(answer: str) -> bool:
+    """Is it a letter, a quantity or a formula, rather than words?"""
+    return bool(re.match(r"\W*[A-J]\b(?!')", answer) or quantity(answer, nouns=True) or MATH.search(plain(answer[:99])))
 
 
 def following(text: str, start: int) -> tuple[str, int]:
-    """What a closing phrase announces, on its line or the next one that is not empty -> it, and where it ends."""
-    start = re.compile(r"[\s*#:>]*(?:\\\[|\$\$)?\s*|").match(text, start).end()  # type: ignore[union-attr]
+    """What a closing phrase announces, on its line or the next one -> it, and where it ends; "" for none."""
+    start = re.compile(r"[\s*#:>]*(?:\\\[|\$\$)?\s*").match(text, start).end()  # type: ignore[union-attr]
     answer = SENTENCE_END.split(text[start:start + MAX_ANSWER + 1].partition("\n")[0], maxsplit=1)[0]
-    return answer.strip(' *_"'), start + len(answer)
+    asked = answer.endswith(("?", ":")) and not answer.startswith("(")
+    said = re.match(r"(?i)(?:correct|right|wrong|incorrect|clear|obvious|given|not sure)\b", answer)
+    return "" if asked or said else answer.strip(' *_"'), start + len(answer)
 
 
 def lone_answer(text: str) -> list[str]:
     """The answer of a response without closing phrase that is nothing else, or whose first or last line is, or which
     ends "So the sum is 12."; a sentence, a question, a refusal or a list of options is none."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in text.split("\n")]
     lettered = [line for line in lines if re.match(r"\W*[A-J](?:[).:]|\W*$)", line)]
-    if not lines or "\\boxed" in text or len(lettered) > 1 or len(lines[-1]) > MAX_ANSWER or REFUSED.search(lines[-1]):
-        return []
     letter = r"\W*[A-J]\W*"
+    if "boxed" in text or len(lines[-1]) > MAX_ANSWER or REFUSED.search(lines[-1]):
+        return []
+    listed = [line for line in lettered if not re.fullmatch(letter, line)]
+    if len(lettered) > 1 and not (len(listed) == len(lettered) - 1 and re.fullmatch(letter, lines[-1])):
+        return []
     concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1])
     if concluded and (concluded[2] or quantity(concluded[1], nouns=True)):
         return [concluded[1] or concluded[2]]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         words = len(text.split())
         return [text] if lettered or words < 5 or words < 9 and not text.endswith(".") else []
-    if re.fullmatch(letter, lines[0]) and not RETRACTED.search(text):
+    first = lettered == lines[:1] or quantity(lines[0])
+    if first and not RETRACTED.search("\n".join(["", *lines[1:]])):
         return [lines[0]]
-    if re.fullmatch(rf"{letter}|\([A-J]\) .+|\$[^$]+\$|\\\(.+\\\)", lines[-1]) or quantity(lines[-1]):
-        return [lines[-1]]
-    return []
+    last = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
+    return [lines[-1]] if re.fullmatch(last, lines[-1]) or quantity(lines[-1]) else []
 
 
 def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
@@ -351,14 +376,14 @@ def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     named = [choice for choice in named if not any(words(choice) in words(other) for other in named if other != choice)]
     if begun and set(named) <= set(begun) and not RETRACTED.search(text):
         return begun[:1]
-    return named if len(named) == 1 and not NEGATED.search(text) else []
+    return named if len(named) == 1 and text.endswith((".", "!", '"', "*")) and not NEGATED.search(text) else []
 
 
 def boxed(text: str) -> list[tuple[int, int, str]]:
     """Every outermost \\boxed{...} whose braces balance: where it starts and ends, and what it holds."""
     found: list[tuple[int, int, str]] = []
     opened: list[re.Match] = []
-    for brace in re.finditer(r"(\\f?box(?:ed)?\s*)?\{|\}", text):
+    for brace in re.finditer(r"(\\f?box(?:ed)?\s*|\bboxed)?\{|\}", text):
         if brace[0] != "}":
             opened.append(brace)
         elif opened:
@@ -436,14 +461,14 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
         unlisted = same_option(rest, choices[index]) or not LISTED.search(rest)
         return index if (index in named if named else prose) and unlisted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
-    alone = mark and space and not re.search(r"\b[A-J]\b", rest)
+    alone = (mark and space or rest[0] == "(") and not re.search(r"\b[B-HJ]\b", rest) and not LISTED.search(rest)
     return index if alone or rest.strip("()") == letter else None
 
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
     """Which option a text names, by its letter alone, `(B)`, `B.` or `B**`, or by its whole text or value."""
     letters = ascii_uppercase[:len(choices)] or LETTERS
-    letter = re.fullmatch(r"(?:(?i:option|choice|letter) *)?[(\[{<\s]*([A-Za-z])[)\]}>.:;,!\s]*", plain(text))
+    letter = re.fullmatch(r"(?:(?i:option|choice|letter|选项) *)?[(\[{<\s]*([A-Za-z])[)\]}>.:;,!\s]*", plain(text))
     if letter and letter[1] in letters:
         return letters.index(letter[1])
     for same in (same_text, same_option):
@@ -458,7 +483,7 @@ def same_option(answer: str, option: str) -> bool:
     if same_text(answer, option):
         return True
     ratio, fraction = plain(option).replace(":", "/"), plain(answer).replace(":", "/")
-    a, g = quantity(fraction), quantity(ratio, nouns=True)
+    a, g = quantity(fraction, nouns=True), quantity(ratio, nouns=True)
     if a and g:
         return same_quantity(a, g, None)
     return bool(MATH.search(plain(option)) and MATH.search(plain(answer))) and same_formula(answer, option)
@@ -466,7 +491,7 @@ def same_option(answer: str, option: str) -> bool:
 
 # --- the grammar of answers, one for all rules ------------------------------------------------------------------------
 
-LISTED = re.compile(r"\b[A-J][).:]|\b(?:or|and|not) \(?[A-J]\b")
+LISTED = re.compile(r"\b[A-J][).:]|\b(?:or|and|not) \(?(?:[A-J]|\d+)\b|(?i:\b(?:either|perhaps|maybe|possibly)\b)")
 MAX_ANSWER = 1000  # characters; a longer answer is wrong unread
 LETTERS = "ABCDEFGHIJ"  # what a choice may be when its options stand in the question or in the picture
 
@@ -517,7 +542,7 @@ UNIT_TABLE = """*m meter metre 米|*g gram gramme 克|*s sec second 秒|min minu
     £ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
 NOT_UNITS = re.compile(r"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|zero
-    |below|above|under|negative|less|more|fewer|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|percent|hal(?:f|ves)
+    |below|above|under|negative|less|more|fewer|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|percent|assuming|if|maybe|perhaps|hal(?:f|ves)
     |thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
@@ -537,7 +562,7 @@ def plain(text: str) -> str:
     LaTeX with unicode signs: `$\\dfrac12 \\mathrm{~cm}^2$` -> `\\frac{1}{2} cm^{2}`, `2*sqrt(3)` -> `2*√{3}`."""
     for pattern, form in UNICODE:
         text = pattern.sub(form, text)
-    text = unicodedata.normalize("NFKC", text).translate(LOOKALIKES)
+    text = " ".join(unicodedata.normalize("NFKC", text).translate(LOOKALIKES).split())
     while boxes := boxed(text):
         start, end, inside = boxes[-1]
         text = f"{text[:start]} {inside} {text[end:]}"
@@ -738,7 +763,7 @@ def gold_fault(record: Problem) -> str | None:
 # --- math-verify ------------------------------------------------------------------------------------------------------
 
 # What sympy would compute for minutes: towers of powers, huge powers and factorials, deep nesting.
-ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}")
+ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}|\)\^\{\d{3}|binom\{\d{3}|-{4}")
 AMBIGUOUS = re.compile(r";|\\text|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or no formula
 BODY = re.compile(r"((?:\\frac|[\d\s.,{}()\[\]+\-*/^×·÷π√±e]|°(?![CF]))*?[\d)}π])\s*((?:°[CF]?|[%$€£¥]|[^\W\d_π]).*)")
 
@@ -760,7 +785,7 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
     """Are two formulas equal? What math-verify would misread is settled before it is asked: units, names of angles,
     words, several formulas; and other letters than the gold's."""
     (a, a_unit), (g, g_unit) = [measured(re.sub(r",? and ", ", ", plain(text))) for text in (answer, gold)]
-    if a_unit and g_unit and a_unit != g_unit or any(a.count(sign) > g.count(sign) for sign in "='"):
+    if a_unit and g_unit and a_unit != g_unit or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
         return False
     misread = any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY))
     if misread or not a or not letters(a) <= letters(g) | {"e", "i"}:

@@ -101,7 +101,7 @@ def test_unknown_style_is_refused():
     ("The answer is 3, no: the final answer is: B", "B"),
     ("The answer is 12.\nBut wait, let me see", None),  # taken back
     ("The answer is 3.\nNow let me count the cubes.\n" + "One more cube stands behind them.\n" * 20, "3."),  # at first
-    ("Let me see.\nThe answer is 3.\n" + "One more cube stands behind them.\n" * 20, None),  # neither first nor last
+    ("Let me see.\nThe answer is 3.\n" + "One more cube stands behind them.\n" * 40, None),  # neither first nor last
     ("12", "12"),
     ("<answer>42", None),  # cut off
     ("<think>so 12, or 13", None),
