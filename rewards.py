@@ -255,32 +255,37 @@ def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str)
 # --- where a response gives its answer --------------------------------------------------------------------------------
 
 CLOSING = re.compile(r"""(?xi)
-    (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 答え | 正解 | 정답
-      | \b(?:correct|right|best|final)\s+(?:option|choice)\b | \bfinal\s+(?:value|result)\b ) (?:\s+corr\w+)? \]?
-    (?:\s+(?:to|for|of)\s+(?:the|this|that|your)\s+\w+(?:\s+\w+)?)? (?:\s+(?:choice|option)\b)? [*_"'\s]*
-    (?: (?:is|(?:would|should|must|will)\ be|are|es|est|ist|é|è)(?!\w) | 应?[该当]?[是为] | [は은는] | (?=[:=]) )
-    \s*[:=]?[*_\s]* (?:(?:therefore|thus|then|definitely|clearly|indeed|simply|probably|(?:most\ )?likely|also)\b,?\s*)*
-  | ^[#*_\ \t]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ \t]*$   # a heading
-  | <answer>\s*: | 答案\]                                              # as We-Math asks for it
-  | (?<!不)选择?(?:选项)? [:\s]* (?=\(?[A-J](?![A-Za-z\u4e00-\u9fff]))
+    (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 结果 | 答え | 正解 | 정답
+      | \b(?:correct|right|best|final|suitable|appropriate|matching)\s+(?:option|choice|figure|letter|number)\b
+      | \bfinal\s+(?:value|result)\b ) (?:\s+corr\w+)? \]?
+    (?:,?\s+(?:to|for|of|in|we|here|that|then|choice|option)\b[^.:=\n]{0,40}?)? [*_"'\s]*
+    (?: (?:(?:would|should|must|will|can|has\ to|turns\ out\ to)(?:\ (?!not)\w+)?\ be|is|are|becomes|es|est|ist|é|è)(?!\w)
+      | 应?[该当]?[是为] | [は은는] | (?=[:=]) ) \s*[:=]?[*_\s]*
+    (?:(?:therefore|thus|hence|then|just|also|still|of\ course|equal\ to|(?:the\ )?(?:number|figure)|a\ total\ of|\w+ly)\b,?\s*)*
+  | ^[#*_\ ]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ ]*$      # a heading
+  | ^[#*_\ ]* (?:(?:result|conclusion|output|total|choice|solution|correct)\W{0,3}:|答:|=>|→|∴) [\s*]*(?=\S{1,20}\W*$)
+  | \banswer\W{1,6} (?=\(?(?:[A-J]|\d[\d.,]*)\b\W*$)
+  | <answer>\s*: | 答案\]                                             # as We-Math asks for it
+  | (?<![不误能应])选择?(?:选项)? [:\s]* (?=\(?[A-J](?![A-Za-z\u4e00-\u9fff]))
   | \b(?:hence|thus|therefore|so|this\ is|answer|option),?:?\ (?:option\ |choice\ )?(?=\**\(?[B-J]\)?\**[.\s]*$)
-  | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick)\b""", re.MULTILINE)
-NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? )\W*|^\W*)(\(?[A-J]\b\)?)\W* is (?:indeed )?(?:the )?"
-                   r"(?:correct|right|best|answer)\b", re.MULTILINE)  # "option (D) is correct"
-CONCLUDED = re.compile(r"(?i)(?!.*\b(?:not|wrong|incorrect|whether|if|far)\b)(?:(?:so|therefore|thus|hence|因此|所以)\b.*"
-                       r"(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.* (?:is|are) (\([A-J]\).*))")  # the last sentence
-SUPPOSED = re.compile(r"(?i)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said|thinks?"
-                      r"|claims?|not (?:think|believe|sure))\b|n't (?:think|believe|say)|错误)[^.,\n]*$")  # before it
-RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*]*(?:(?:but\ )?wait|hmm+|oops|scratch|correction|on\ second\ thought|i\ made
-    |no,?\ (?:wait|that|it|i|\d|\(?[A-J]\b)|let\ me\ re|either|perhaps|maybe|or\ \(?(?:[A-J]|\d+)\b
-    |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect)|actually,?\ (?:it|no|the|that))\b
-    |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b|不对|错了|应该是|更正|等等
-    |\A\W*(?:is|was)\ (?:wrong|not|in|a\ trap)|\A\W*\n\W*(?-i:[A-J]\b(?:[).:\s]|$)|-?[\d.]+\W*(?:\n|$))""")  # after it
+  | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick|go\ with)\b""", re.MULTILINE)
+NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? |选项 ?)\W*|^\W*)(\(?[A-J]\b\)?)\W*"
+                   r"(?: is (?:indeed )?(?:(?:the|our) )?(?:correct|right|best|answer)\b| ?是?正确)(?! only)", re.MULTILINE)
+CONCLUDED = re.compile(r"(?i)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))"
+                       r"(?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.* (?:is|are) (\([A-J]\).*))")  # "... is 12."
+SUPPOSED = re.compile(r"(?i)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said|not|worst"
+                      r"|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$")  # before a closing phrase
+RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*.-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|correction|edit:|update:|rather,
+    |on\ (?:second\ thought|reflection)|(?:after\ |by\ )?re(?:count|check|consider)|looking\ again|the\ above|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
+    |not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
+    |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|the|that))
+    |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b|不对|错了|应该是|更正|等[等一]|可能|或者
+    |\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)|\A\W*\n\W*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+\W*(?:\n|$))""")
 REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
 SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
-                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? (?=(?:because|since|as|due to) )")
+                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|for it|which) |因为)")
 FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
-NEGATED = re.compile(r"(?i)\b(?:not?|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
+NEGATED = re.compile(r"(?i)\b(?:not?|but|think|maybe|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
                      r"|wrong|incorrect|unlikely|cannot)\b|n't|\?|^(?:i|sorry|let)\b")
 THOUGHTS = re.compile(r"(?i)[<◁](/?)(?:think|thinking)[>▷]")
 NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
@@ -290,7 +295,8 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
     text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")
     text = re.sub(r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>", THOUGHTS.sub(r"<\1think>", text))
-    text = re.sub(r"(?i)</?[sb]>|<\|[^|<>]*\|>|<｜[^<>]*｜>|<(?:eos|end_of_turn)>", " ", text)
+    text = re.sub(r"(?i)</?(?:s|b|br|strong|u|eos|end_of_turn)/?>|<\|[^|<>]*\|>|<｜[^<>]*｜>|\[EOS\]|```(?:json)?", " ", text)
+    text = re.sub(r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>", text)
     text = "\n".join(line for line in (" ".join(line.split(" ")) for line in text.split("\n")) if line.strip())
     after = text.rpartition("</think>")[2]
     text = after if after.strip() else text
@@ -333,11 +339,12 @@ def is_value(answer: str) -> bool:
 
 def following(text: str, start: int) -> tuple[str, int]:
     """What a closing phrase announces, on its line or the next one -> it, and where it ends; "" for none."""
-    start = re.compile(r"[\s*#:>]*(?:\\\[|\$\$)?\s*").match(text, start).end()  # type: ignore[union-attr]
+    start = re.compile(r"(?:[\s*#:]|---)*(?:\\\[|\$\$)?\s*").match(text, start).end()  # type: ignore[union-attr]
     answer = SENTENCE_END.split(text[start:start + MAX_ANSWER + 1].partition("\n")[0], maxsplit=1)[0]
     asked = answer.endswith(("?", ":")) and not answer.startswith("(")
     said = re.match(r"(?i)(?:correct|right|wrong|incorrect|clear|obvious|given|not sure)\b", answer)
-    return "" if asked or said else answer.strip(' *_"'), start + len(answer)
+    bare = re.sub(r"^[\s*_\"']+|[\s*_\"']+(?=\W*$)| \((?!or\b|mod\b)[^()]*[a-z=][^()]*\)(?=\W*$)", "", answer)
+    return "" if asked or said else bare, start + len(answer)
 
 
 def lone_answer(text: str) -> list[str]:
@@ -351,15 +358,18 @@ def lone_answer(text: str) -> list[str]:
     listed = [line for line in lettered if not re.fullmatch(letter, line)]
     if len(lettered) > 1 and not (len(listed) == len(lettered) - 1 and re.fullmatch(letter, lines[-1])):
         return []
-    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1])
-    if concluded and (concluded[2] or quantity(concluded[1], nouns=True)):
+    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1].strip("*"))
+    so = len(lines) > 1 or re.match(r"(?i)(?:.*\. )?(?:so|therefore|thus|hence|因此|所以)\b", text)
+    if concluded and (concluded[2] or so and quantity(concluded[1], nouns=True)):
         return [concluded[1] or concluded[2]]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         words = len(text.split())
         return [text] if lettered or words < 5 or words < 9 and not text.endswith(".") else []
     first = lettered == lines[:1] or quantity(lines[0])
-    if first and not RETRACTED.search("\n".join(["", *lines[1:]])):
+    if first and not (lines[1][0].islower() and lines[0][-1:].isalnum()) and not RETRACTED.search("\n".join(["", *lines[1:]])):
         return [lines[0]]
+    if quantity(lines[-1]) and quantity(lines[-2]):
+        return []
     last = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
     return [lines[-1]] if re.fullmatch(last, lines[-1]) or quantity(lines[-1]) else []
 
@@ -367,16 +377,25 @@ def lone_answer(text: str) -> list[str]:
 def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     """The one option that prose begins with, "No, it is not.", or whose text it holds, "It is a plant cell.", where it
     holds no other's and denies nothing."""
-    def words(text: str) -> str:
-        return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
-
-    first, prose = words(re.split(r"[.,;:!\n]", text)[0]), words(text)
-    begun = [choice for choice in choices if words(choice) == first]
-    named = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in prose]
-    named = [choice for choice in named if not any(words(choice) in words(other) for other in named if other != choice)]
-    if begun and set(named) <= set(begun) and not RETRACTED.search(text):
+    first = re.split(r"[.,;:!\n]", text)[0]
+    begun = [choice for choice in choices if same_text(choice, first)]
+    named = mentioned(text, choices)
+    if begun and set(named) <= set(begun):
         return begun[:1]
-    return named if len(named) == 1 and text.endswith((".", "!", '"', "*")) and not NEGATED.search(text) else []
+    if len(named) != 1 or NEGATED.search(text) or text[-1] not in '.!*"':
+        return []
+    subject = any(re.sub(r"^ (?:the|an?) ", " ", words(line)).startswith(words(named[0])) for line in re.split(r"[.!\n]", text))
+    return [] if subject else named  # "The Moon is too small" says nothing
+
+
+def words(text: str) -> str:
+    return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
+
+
+def mentioned(text: str, choices: tuple[str, ...]) -> list[str]:
+    """The options whose text stands in a text, but those that are a part of another."""
+    found = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in words(text)]
+    return [choice for choice in found if not any(words(choice) in words(other) for other in found if other != choice)]
 
 
 def boxed(text: str) -> list[tuple[int, int, str]]:
@@ -401,7 +420,11 @@ def _value(answer: str, gold: str, record: Problem) -> bool:
     number, parts = record.answer_type == "number", [answer] if "=" in plain(gold) else sides(answer)
     if number and UNFINISHED.search(parts[-1]):
         return False
-    return all(equal(part, gold, record.precision, nouns=number) for part in parts)
+    judged = [equal(part, gold, record.precision, nouns=number) for part in parts]
+    decimals = re.fullmatch(r"-?\d*\.(\d+)", parts[-1])
+    if "≈" in plain(answer) and len(parts) == 2 and decimals and any(judged):
+        return equal(parts[0], parts[1], len(decimals[1]))  # 2√3 ≈ 3.46
+    return all(judged)
 
 
 def _text(answer: str, gold: str, record: Problem) -> bool:
@@ -447,22 +470,25 @@ def sides(answer: str) -> list[str]:
 def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     """The option that an answer names: by letter, by the option's text or value, or by a letter and then that text."""
     index = option_index(answer, choices)
-    answer = re.sub(r"(?i)^(?:option|choice) ", "", plain(answer))
-    lettered = re.fullmatch(r"[(\[]?([A-Z]|[a-z](?=[).:]))(?=\W)([)\].:]*)(\s*)(?:[-=] )?(\S.*)", answer, re.DOTALL)
+    answer = re.sub(r"(?i)^(?:option|choice|选项) ?", "", plain(answer))
+    lettered = re.fullmatch(r"[(\[]?([A-Z]|[a-z](?=[).:]))(?=\W)([)\].:,]* ?(?:[-=] )?)(\S.*)", answer)
+    if index is None and not lettered:
+        return next((option_index(choice, choices) for choice in only_option(answer, choices)), None)
     if index is not None or not lettered:
         return index
-    letter, mark, space, rest = lettered.groups()
+    letter, mark, rest = lettered.groups()
     index = option_index(letter, choices)
+    set_off = (len(mark) > 1 or rest[0] == "(") and not LISTED.search(rest)
     if choices and choices != tuple(ascii_uppercase[:len(choices)]) and index is not None:
-        within = rest.strip("(), -")
-        parts = {rest, within, re.split(r"[.,;:] |,? (?:because|since|as) ", within, maxsplit=1)[0]}
+        own, within = choices[index], rest.strip("(), -")
+        parts = {rest, within, re.split(r"[.,;:] |,? (?:because|since|as|which) ", within, maxsplit=1)[0]}
         named = {option_index(part, choices) for part in parts} - {None}
-        prose = mark and space and not any(map(quantity, parts)) and not only_option(rest, choices)
-        unlisted = same_option(rest, choices[index]) or not LISTED.search(rest)
-        return index if (index in named if named else prose) and unlisted else None
+        others = [choice for choice in mentioned(rest, choices) if choice != own]
+        prose = set_off and not named and not any(map(quantity, parts))
+        partly = index in named and not LISTED.search(rest) or prose
+        return index if same_option(rest, own) or partly and not others else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
-    alone = (mark and space or rest[0] == "(") and not re.search(r"\b[B-HJ]\b", rest) and not LISTED.search(rest)
-    return index if alone or rest.strip("()") == letter else None
+    return index if set_off and not re.search(r"\b[B-HJ]\b", rest) or rest.strip("()") == letter else None
 
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
@@ -499,17 +525,17 @@ FUNCTION = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|l
 SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ div|± pm|≤ leq le leqslant|≥ geq ge geqslant
     |≠ neq ne|≈ approx|∞ infty|∠ angle|△ triangle|° circ degree degrees|∪ cup|∩ cap|∈ in|⊥ perp|∥ parallel|≅ cong|√ sqrt
     |⊙ odot|α alpha|β beta|γ gamma|δ delta|ε epsilon|θ theta|λ lambda|μ mu|ρ rho|σ sigma|φ phi|ω omega|π pi|Δ Delta
-    |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox operatorname""".split("|"))
+    |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox underline operatorname""".split("|"))
          for macro in macros}  # LaTeX's names -> the sign that stands for them here
 SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
-LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]")
+LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
 UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
     (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))]
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and markdown -> plain text, in order
     (r"(?<![\w)}])\*\*(?!\s)([^*\n]+)\*\*(?![\w({])", r"\1"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"), (r"\*\*|`|^#+", ""),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_])", r"\1"),
-    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}|\\(?:text)?color *\{\w+\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"),
     (r"\s*\*?\s*(?:\^\s*\{?\s*[°o]\s*\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
     (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)\bper cent\b", "%"),
     (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
@@ -522,8 +548,8 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (">=", "≥"), ("!=", "≠"), (r"^\s*(?:[A-Z][A-Za-z.][A-Za-z. ]*)?=\s*", ""), (r"\s+", " "))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
-ABOUT = re.compile(r"(?i)(?:approximately|approx\.?|about|around|roughly|exactly) ")
-NAME = re.compile(r"(?!.*\b(?:or|not|and)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
+ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
+NAME = re.compile(r"(?!.*\b(?:or|not?|and|whether|if|wrong|doubt|question)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
                   r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")
 MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|\d!|\d[a-zA-Zα-ω]\b|\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b
     |\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
