@@ -43,7 +43,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from string import ascii_uppercase
@@ -269,18 +268,18 @@ CLOSING = re.compile(r"""(?xi)
   | (?<![不误能应])选择?(?:选项)? [:\s]* (?=\(?[A-J](?![A-Za-z\u4e00-\u9fff]))
   | \b(?:hence|thus|therefore|so|this\ is|answer|option),?:?\ (?:option\ |choice\ )?(?=\**\(?[B-J]\)?\**[.\s]*$)
   | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick|go\ with)\b""", re.MULTILINE)
-NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? |选项 ?)\W*|^\W*)(\(?[A-J]\b\)?)\W*"
+NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? |选项 ?)[^\w\n]*|^[^\w\n]*)(\(?[A-J]\b\)?)\W*"
                    r"(?: is (?:indeed )?(?:(?:the|our) )?(?:correct|right|best|answer)\b| ?是?正确)(?! only)", re.MULTILINE)
 CONCLUDED = re.compile(r"(?i)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))"
                        r"(?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.* (?:is|are) (\([A-J]\).*))")  # "... is 12."
 SUPPOSED = re.compile(r"(?i)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said|not|worst"
                       r"|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$")  # before a closing phrase
-RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*.-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|correction|edit:|update:|rather,
-    |on\ (?:second\ thought|reflection)|(?:after\ |by\ )?re(?:count|check|consider)|looking\ again|the\ above|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
+RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|correction|edit:|update:|rather,
+    |on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|looking\ again|the\ above|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
     |not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
     |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|the|that))
     |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b|不对|错了|应该是|更正|等[等一]|可能|或者
-    |\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)|\A\W*\n\W*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+\W*(?:\n|$))""")
+    |\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)|\A[^\w\n]*\n[^\w\n]*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")
 REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
 SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
                           r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|for it|which) |因为)")
@@ -365,9 +364,10 @@ def lone_answer(text: str) -> list[str]:
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         words = len(text.split())
         return [text] if lettered or words < 5 or words < 9 and not text.endswith(".") else []
-    first = lettered == lines[:1] or quantity(lines[0])
-    if first and not (lines[1][0].islower() and lines[0][-1:].isalnum()) and not RETRACTED.search("\n".join(["", *lines[1:]])):
-        return [lines[0]]
+    rest = "\n".join(["", *lines[1:]])
+    goes_on = re.fullmatch(letter, lines[0]) and lines[1][0].islower()  # "B\nis wrong"
+    if (lettered == lines[:1] or quantity(lines[0])) and not goes_on:
+        return [] if RETRACTED.search(rest) else [lines[0]]
     if quantity(lines[-1]) and quantity(lines[-2]):
         return []
     last = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
@@ -434,9 +434,9 @@ def _text(answer: str, gold: str, record: Problem) -> bool:
 def _list(answer: str, gold: str, record: Problem) -> bool:
     """Item by item, in order; brackets may be left out but not swapped. So are ratios, for 12:30 is not 6:15."""
     gold_mark, gold_items = parse_items(gold) or ("", ())
-    answer = sides(answer)[-1]
+    answer, *more = sides(FRACTION.sub(r"\1\2/\3", plain(answer)) if gold_mark == ":" else answer)
     mark, items = parse_items(answer.replace("/", ":") if gold_mark == ":" else answer) or ("", ())
-    if len(items) != len(gold_items) or mark != gold_mark and (":" in mark + gold_mark or mark and gold_mark):
+    if more or len(items) != len(gold_items) or mark != gold_mark and (":" in mark + gold_mark or mark and gold_mark):
         return False
     return all(_text(item, gold_item, record) or equal(item, gold_item, record.precision)
                for item, gold_item in zip(items, gold_items))
@@ -454,7 +454,7 @@ def equal(answer: str, gold: str, precision: int | None = None, nouns: bool = Fa
     if spaceless(answer) == spaceless(gold):
         return True
     a, g = quantity(answer, nouns), quantity(gold, nouns)
-    if g and (a or "," in answer):
+    if g and (a or "," in answer or not MATH.search(plain(answer))):
         return same_quantity(a, g, precision)
     return same_formula(answer, gold, precision)
 
@@ -471,7 +471,7 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     """The option that an answer names: by letter, by the option's text or value, or by a letter and then that text."""
     index = option_index(answer, choices)
     answer = re.sub(r"(?i)^(?:option|choice|选项) ?", "", plain(answer))
-    lettered = re.fullmatch(r"[(\[]?([A-Z]|[a-z](?=[).:]))(?=\W)([)\].:,]* ?(?:[-=] )?)(\S.*)", answer)
+    lettered = re.fullmatch(r"[(\[]?([A-Z]|[a-z](?=[).:]))(?=\W)([)\].:,]+ ?| [-=] | ?)(\S.*)", answer)
     if index is None and not lettered:
         return next((option_index(choice, choices) for choice in only_option(answer, choices)), None)
     if index is not None or not lettered:
@@ -480,15 +480,15 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     index = option_index(letter, choices)
     set_off = (len(mark) > 1 or rest[0] == "(") and not LISTED.search(rest)
     if choices and choices != tuple(ascii_uppercase[:len(choices)]) and index is not None:
-        own, within = choices[index], rest.strip("(), -")
-        parts = {rest, within, re.split(r"[.,;:] |,? (?:because|since|as|which) ", within, maxsplit=1)[0]}
-        named = {option_index(part, choices) for part in parts} - {None}
-        others = [choice for choice in mentioned(rest, choices) if choice != own]
-        prose = set_off and not named and not any(map(quantity, parts))
-        partly = index in named and not LISTED.search(rest) or prose
-        return index if same_option(rest, own) or partly and not others else None
+        own, within = choices[index], rest.strip("(), ")
+        parts = (rest, within, re.split(r"[.,;:] |,? (?:because|since|as|which) ", within, maxsplit=1)[0])
+        named = next((found for part in parts if (found := option_index(part, choices)) is not None), None)
+        doubted = LISTED.search(rest) or [choice for choice in mentioned(rest, choices) if choice != own]
+        prose = set_off and named is None and not re.search(r"\d", rest) and not NEGATED.search(rest)
+        return index if same_option(rest, own) or (named == index or prose) and not doubted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
-    return index if set_off and not re.search(r"\b[B-HJ]\b", rest) or rest.strip("()") == letter else None
+    alone = set_off and not re.search(r"\b[B-HJ]\b", rest) and not NEGATED.search(rest)
+    return index if alone or rest.strip("()") == letter else None
 
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
@@ -534,43 +534,50 @@ UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would
     (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))]
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and markdown -> plain text, in order
     (r"(?<![\w)}])\*\*(?!\s)([^*\n]+)\*\*(?![\w({])", r"\1"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"), (r"\*\*|`|^#+", ""),
-    (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_])", r"\1"),
+    (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_{}]|$)", r"\1"),
     (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}|\\(?:text)?color *\{\w+\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"),
-    (r"\s*\*?\s*(?:\^\s*\{?\s*[°o]\s*\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
+    (r"(?i)\btriangle (?=[A-Z]{3})|Δ(?=[A-Z]{3})", "△"), (r"(?i)\bangle (?=[A-Z\d])", "∠"), (r"(?<=[A-Z]) ?// ?(?=[A-Z])", "∥"),
+    (r" ?(?:\* ?)?(?:\^ ?\{? ?[°o] ?\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
     (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)\bper cent\b", "%"),
     (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
     (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"), (r"(?<=[a-z]{2}) cubed\b", "^{3}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\frac\s*([^\s{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([^\s{])", r"\1{\2}"), (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"),
     (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"√{\1\2}"), (r"√\s+(?=\{)", "√"),
-    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r"\s*\^\s*(?:\(([^()]*)\)|(-?\d+|-?[A-Za-z]))", r"^{\1\2}"),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r" ?\^ ?(?:\(([^()]*)\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]))", r"^{\1\2}"),
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
-    (">=", "≥"), ("!=", "≠"), (r"^\s*(?:[A-Z][A-Za-z.][A-Za-z. ]*)?=\s*", ""), (r"\s+", " "))]
+    (">=", "≥"), ("!=", "≠"), (rf"^ ?(?!{FUNCTION})(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?= ?", ""), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
 NAME = re.compile(r"(?!.*\b(?:or|not?|and|whether|if|wrong|doubt|question)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
                   r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")
-MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|\d!|\d[a-zA-Zα-ω]\b|\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b
+MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|[a-z\d]!|(?<![A-Za-z])\d[a-zA-Zα-ω]\b|\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b
     |\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
     |\b(?:{FUNCTION})\b""", re.VERBOSE)  # signs that a text is a formula
 GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}")  # names, of which no letter may change its place
 
-# Units: names, then what they are in units above, if anything. Those with a star take prefixes.
-PREFIXES = {"": 1, "k kilo 千": 1000, "c centi 厘": "1/100", "m milli 毫": "1/1000", "d deci 分": "1/10",
-            "M mega": 10**6, "G giga": 10**9, "μ u micro 微": "1/1000000", "n nano": "1/1000000000"}
-UNIT_TABLE = """*m meter metre 米|*g gram gramme 克|*s sec second 秒|min minute 分钟=60 s|h hr hour 小时=60 min
-    day 天=24 h|week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft
-    mile mi 英里=1760 yd|公里=1000 m|海里 nmi=1852 m|*L l liter litre 升=.001 m^{3}|gallon gal|hectare ha 公顷=10000 m^{2}
-    acre=4840 yd^{2}|公斤=1 kg|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit
-    *K kelvin|*N newton|*J joule|*W watt|*Wh|*Pa pascal|*Hz hertz|*V volt|*A amp ampere|*C coulomb|*F farad|*Ω ohm
-    *mol mole|*cal calorie|*eV|*T tesla|*bar|atm|*byte|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro
-    £ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
+# Units: names, then what they are in units above, if anything. LONG take the prefixes; of the short only those here.
+PREFIXES = {"": 1, "kilo 千": 1000, "centi 厘": "1/100", "milli 毫": "1/1000", "deci 分": "1/10", "mega": 10**6,
+            "giga": 10**9, "micro 微": "1/1000000", "nano": "1/1000000000"}
+LONG = frozenset("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere mole".split())
+UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km KM 公里=1000 m|dm=.1 m|cm CM=.01 m|mm MM=.001 m|um μm=.000001 m
+    nm=.000000001 m|kg KG 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
+    month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi 英里=1760 yd
+    海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha 公顷=10000 m^{2}
+    acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit|K kelvin
+    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW KW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh
+    Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|kV=1000 V|mV=.001 V
+    A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|pF=.001 nF|H henry
+    mH=.001 H|Ω ohm|kΩ=1000 Ω|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|bar|atm
+    byte|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
-NOT_UNITS = re.compile(r"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|zero
-    |below|above|under|negative|less|more|fewer|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|percent|assuming|if|maybe|perhaps|hal(?:f|ves)
-    |thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|negative
+    |below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
+    |tens|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|grand|lakh|crore|hal(?:f|ves)|thirds?|quarters?|{"|".join(WORDS)}
+    |\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
+    |(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})   # 7/3, 2 1/3
     |((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]*)?|{DECIMAL})(?:e[+-]?[0-9]{{1,3}})?))            # 1,234.5e-8
@@ -588,7 +595,7 @@ def plain(text: str) -> str:
     LaTeX with unicode signs: `$\\dfrac12 \\mathrm{~cm}^2$` -> `\\frac{1}{2} cm^{2}`, `2*sqrt(3)` -> `2*√{3}`."""
     for pattern, form in UNICODE:
         text = pattern.sub(form, text)
-    text = " ".join(unicodedata.normalize("NFKC", text).translate(LOOKALIKES).split())
+    text = " ".join(unicodedata.normalize("NFKC", text.translate(LOOKALIKES)).translate(LOOKALIKES).split())
     while boxes := boxed(text):
         start, end, inside = boxes[-1]
         text = f"{text[:start]} {inside} {text[end:]}"
@@ -598,8 +605,8 @@ def plain(text: str) -> str:
     text = re.sub(r"\\([A-Za-z]+) *", lambda macro: SIGNS.get(macro[1], macro[0]), text)
     for pattern, form in SPELLINGS:
         text = pattern.sub(form, text)
-    text = text.strip().rstrip(".,;").strip()
-    return text[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", text) else text
+    text = text.strip(" *").rstrip(".,;").strip()
+    return text[1:-1].strip() if re.fullmatch(r"\{[^{},]*\}", text) else text
 
 
 def spaceless(text: str) -> str:
@@ -613,8 +620,8 @@ def same_text(answer: str, gold: str) -> bool:
 
 
 def normal_text(text: str) -> str:
-    """What two texts are compared by."""
-    return spaceless(re.sub(r"^(?:an?|the) ", "", plain(text).casefold().strip(" .,;:!?\"'")))
+    """What two texts are compared by. A capital A in front may be an option's letter."""
+    return spaceless(re.sub(r"^(?:a|[Aa]n|[Tt]he) ", "", plain(text))).casefold().strip(".,;:!?\"'")
 
 
 def quantity(text: str, nouns: bool = False) -> Quantity | None:
@@ -641,9 +648,10 @@ def quantity(text: str, nouns: bool = False) -> Quantity | None:
 def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[Fraction, Dimensions] | None:
     """A unit's size and dimensions, of products and powers of units; size 1 and () for none; None: it is no unit.
 
-    attached: it stands at its number without a space. There and in powers small letters but m are variables: 3s, 6 s^2.
+    nouns: any words of a noun's length are one. attached: it stands at its number without a space.
+    Where letters may as well be variables, they are: 3s, 6 s^2, 4 l h, mn^2.
     """
-    size, powers, noun, sign = Fraction(1), Counter[str](), False, 1
+    size, powers, noun, sign, above = Fraction(1), Counter[str](), False, 1, 0
     if UNIT.sub("", text):
         return None
     for per, name, exponent in UNIT.findall(text):
@@ -652,34 +660,35 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[F
             sign = -1
         elif known:
             power, sign = sign * int(exponent or 1), 1
-            if name in "sghl" and (attached or power > 1):
+            above += power > 0
+            if name in "sghl" and attached or power > 1 and known[1][0][0] != "m" or above > 1 and not re.search("[·*-]", text):
                 return None
             size *= known[0] ** power
             powers.update({base: power * n for base, n in known[1]})
-        elif name and (not nouns or NOT_UNITS.fullmatch(name) or len(name) < 3 and name not in NEUTRAL):
-            return None
-        elif name not in NEUTRAL:
-            noun = noun or bool(name)
+        elif name and name not in NEUTRAL:
+            if not nouns or NOT_UNITS.fullmatch(name) or len(name) < 3:
+                return None
+            noun = True
     dimensions = tuple(sorted((base, n) for base, n in powers.items() if n))
     return size, dimensions or (THINGS if noun else ())
 
 
 def unit_named(name: str) -> tuple[Fraction, Dimensions] | None:
-    """A unit by its name, in capitals or small letters where it has several, in singular or plural."""
-    small = name.lower() if len(name) > 1 else name
+    """A unit by its name, in singular or plural; of three letters and more in capitals or small ones."""
+    small = name.lower() if len(name) > 2 else name
     return UNITS.get(name) or UNITS.get(small) or (UNITS.get(small[:-1]) if small[2:] and small[-1] == "s" else None)
 
 
 UNITS: dict[str, tuple[Fraction, Dimensions]] = {}  # by name: its size and dimensions
 for entry in UNIT_TABLE.replace("\n", "|").split("|"):
-    names, _, definition = entry.strip().partition("=")
+    names, _, definition = entry.partition("=")
     factor, _, base = definition.partition(" ")
-    prefixed, names_ = names[0] == "*", names.lstrip("*").split()
-    size, dimensions = base and read_unit(base) or (Fraction(1), ((names_[0], 1),))
-    for prefixes, scale in PREFIXES.items() if prefixed else [("", 1)]:
-        for prefix, name in product(prefixes.split() or [""], names_):
-            UNITS.setdefault(prefix + name, (size * Fraction(factor or 1) * Fraction(scale), dimensions))
-UNITS |= {name.lower(): unit for name, unit in UNITS.items() if len(name) > 1 and name.lower() not in UNITS}
+    size, dimensions = base and read_unit(base) or (Fraction(1), ((names.split()[0], 1),))
+    for name in names.split():
+        for prefixes, scale in PREFIXES.items():
+            for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
+                UNITS[prefix + name] = (size * Fraction(factor or 1) * Fraction(scale), dimensions)
+UNITS |= {name.lower(): unit for name, unit in UNITS.items() if len(name) > 2}
 
 
 def same_quantity(answer: Quantity | None, gold: Quantity | None, precision: int | None) -> bool:
@@ -790,7 +799,7 @@ def gold_fault(record: Problem) -> str | None:
 
 # What sympy would compute for minutes: towers of powers, huge powers and factorials, deep nesting.
 ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}|\)\^\{\d{3}|binom\{\d{3}|-{4}")
-AMBIGUOUS = re.compile(r";|\\text|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or no formula
+AMBIGUOUS = re.compile(r";|\\text|\d_|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or no formula
 BODY = re.compile(r"((?:\\frac|[\d\s.,{}()\[\]+\-*/^×·÷π√±e]|°(?![CF]))*?[\d)}π])\s*((?:°[CF]?|[%$€£¥]|[^\W\d_π]).*)")
 
 
@@ -802,8 +811,8 @@ def measured(text: str) -> tuple[str, tuple]:
     for pattern in (BODY, WORDED):
         match = pattern.fullmatch(text)
         unit = read_unit(match[2], attached=True) if match else None
-        if match and unit and unit[1]:
-            return match[1], unit
+        if match and unit:
+            return match[1], unit if unit[1] else ()
     return text, ()
 
 
@@ -811,7 +820,7 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
     """Are two formulas equal? What math-verify would misread is settled before it is asked: units, names of angles,
     words, several formulas; and other letters than the gold's."""
     (a, a_unit), (g, g_unit) = [measured(re.sub(r",? and ", ", ", plain(text))) for text in (answer, gold)]
-    if a_unit and g_unit and a_unit != g_unit or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
+    if a_unit != g_unit and (a_unit and g_unit or re.search("[°%]", f"{a_unit} {g_unit}")) or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
         return False
     misread = any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY))
     if misread or not a or not letters(a) <= letters(g) | {"e", "i"}:
@@ -832,7 +841,8 @@ def latex(formula: str) -> str:
     for macro, sign in SIGNS.items():
         if len(sign) == 1:  # (its first name replaces it)
             formula = formula.replace(sign, rf"\{macro} ")
-    return " ".join(formula.replace(r"\sqrt ", r"\sqrt").replace("*", r" \cdot ").split())
+    formula = re.sub(r"^\{(.*)\}$", r"\\{\1\\}", formula).replace(r"\sqrt ", r"\sqrt").replace("*", r" \cdot ")
+    return " ".join(formula.split())
 
 
 class Verifier:
@@ -916,7 +926,7 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import verify
-    from sympy import Expr
+    from sympy import Expr, FiniteSet
 
     def read(text: str) -> Any:
         return latex2sympy(text, normalization_config=NormalizationConfig(boxed="none"),
@@ -929,7 +939,7 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
         if isinstance(a, Expr) and isinstance(g, Expr) and not a.free_symbols | g.free_symbols:
             difference, size = abs((a - g).evalf(30, maxn=400)), abs(g.evalf(30, maxn=400))
             return bool(difference <= (10**-precision / 2 if precision is not None else min(1, size) / 500_000))
-        return bool(verify([g], [a], timeout_seconds=None))
+        return isinstance(a, FiniteSet) == isinstance(g, FiniteSet) and bool(verify([g], [a], timeout_seconds=None))
     except Exception:  # sympy raises all there is, MemoryError and RecursionError among them
         return False
     finally:
