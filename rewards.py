@@ -284,7 +284,7 @@ REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is 
 SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
                           r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|for it|which) |因为)")
 FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
-NEGATED = re.compile(r"(?i)\b(?:not?|but|think|maybe|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
+NEGATED = re.compile(r"(?i)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
                      r"|wrong|incorrect|unlikely|cannot)\b|n't|\?|^(?:i|sorry|let)\b")
 THOUGHTS = re.compile(r"(?i)[<◁](/?)(?:think|thinking)[>▷]")
 NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
@@ -308,6 +308,8 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     text = "\n".join(lines)
     if re.search(r"<(?:think|answer)>(?! ?:)", text):  # cut off
         return []
+    if len(text) <= MAX_ANSWER and re.match(r"\(?[A-J][).:] ", text) and named_option(text, choices) is not None:
+        return [text]  # (an option may have several lines)
     return stated(text, whole=False) or lone_answer(text) or only_option(text, choices)
 
 
@@ -317,7 +319,7 @@ def stated(text: str, whole: bool = True) -> list[str]:
     found = [box for box in boxes if not re.search(r"(?i)\bnot[\s$]*$", text[max(0, box[0] - 9):box[0]])]
     for match in list(CLOSING.finditer(text))[-MOST:]:
         answer, end = following(text, match.end())
-        if answer and "boxed" not in answer and not SUPPOSED.search(text[max(0, match.start() - 80):match.start()]):
+        if answer and not (boxes and "boxed" in answer) and not SUPPOSED.search(text[max(0, match.start() - 80):match.start()]):
             found.append((match.start(), end, answer))
     found += [(match.start(), match.end(), match[1]) for match in list(NAMED.finditer(text))[-MOST:]
               if not SUPPOSED.search(text[max(0, match.start() - 80):match.start()])]
@@ -454,7 +456,7 @@ def equal(answer: str, gold: str, precision: int | None = None, nouns: bool = Fa
     if spaceless(answer) == spaceless(gold):
         return True
     a, g = quantity(answer, nouns), quantity(gold, nouns)
-    if g and (a or "," in answer or not MATH.search(plain(answer))):
+    if g and (a or "," in answer or not (MATH.search(plain(answer)) or UNFINISHED.search(answer))):
         return same_quantity(a, g, precision)
     return same_formula(answer, gold, precision)
 
@@ -480,12 +482,12 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     index = option_index(letter, choices)
     set_off = (len(mark) > 1 or rest[0] == "(") and not LISTED.search(rest)
     if choices and choices != tuple(ascii_uppercase[:len(choices)]) and index is not None:
-        own, within = choices[index], rest.strip("(), ")
+        own, within = choices[index], rest[1:-1] if rest[0] + rest[-1] == "()" else rest.strip(", ")
         parts = (rest, within, re.split(r"[.,;:] |,? (?:because|since|as|which) ", within, maxsplit=1)[0])
         named = next((found for part in parts if (found := option_index(part, choices)) is not None), None)
         doubted = LISTED.search(rest) or [choice for choice in mentioned(rest, choices) if choice != own]
         prose = set_off and named is None and not re.search(r"\d", rest) and not NEGATED.search(rest)
-        return index if same_option(rest, own) or (named == index or prose) and not doubted else None
+        return index if same_option(rest, own) or same_option(within, own) or (named == index or prose) and not doubted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
     alone = set_off and not re.search(r"\b[B-HJ]\b", rest) and not NEGATED.search(rest)
     return index if alone or rest.strip("()") == letter else None
@@ -527,7 +529,7 @@ SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ 
     |⊙ odot|α alpha|β beta|γ gamma|δ delta|ε epsilon|θ theta|λ lambda|μ mu|ρ rho|σ sigma|φ phi|ω omega|π pi|Δ Delta
     |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox underline operatorname""".split("|"))
          for macro in macros}  # LaTeX's names -> the sign that stands for them here
-SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf".split(), "")
+SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf therefore".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
 UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
@@ -539,14 +541,15 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (r"(?i)\btriangle (?=[A-Z]{3})|Δ(?=[A-Z]{3})", "△"), (r"(?i)\bangle (?=[A-Z\d])", "∠"), (r"(?<=[A-Z]) ?// ?(?=[A-Z])", "∥"),
     (r" ?(?:\* ?)?(?:\^ ?\{? ?[°o] ?\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
     (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)\bper cent\b", "%"),
-    (r"(?i)(?:\b(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
+    (r"(?i)(?:(?<![A-Za-z])(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
     (r"(?i)(?:\bcubic |立方)([^\W\d_]+)", r" \1^{3}"), (r"(?<=[a-z]{2}) cubed\b", "^{3}"),
+    (r"(?<=\d) ?\{ ?([A-Za-z]{2,}) ?\}", r" \1"), (r"(?<=\d)E(?=[+-]?\d)", "e"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"), (r"\\frac\s*([^\s{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([^\s{])", r"\1{\2}"), (r"(?<![A-Za-z])sqrt(?![A-Za-z])", "√"),
     (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"√{\1\2}"), (r"√\s+(?=\{)", "√"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r" ?\^ ?(?:\(([^()]*)\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]))", r"^{\1\2}"),
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
-    (">=", "≥"), ("!=", "≠"), (rf"^ ?(?!{FUNCTION})(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?= ?", ""), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "))]
+    (">=", "≥"), ("!=", "≠"), (rf"^ ?(?!{FUNCTION})(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?[=≈] ?", ""), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
@@ -561,12 +564,12 @@ GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}"
 PREFIXES = {"": 1, "kilo 千": 1000, "centi 厘": "1/100", "milli 毫": "1/1000", "deci 分": "1/10", "mega": 10**6,
             "giga": 10**9, "micro 微": "1/1000000", "nano": "1/1000000000"}
 LONG = frozenset("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere mole".split())
-UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km KM 公里=1000 m|dm=.1 m|cm CM=.01 m|mm MM=.001 m|um μm=.000001 m
-    nm=.000000001 m|kg KG 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
+UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m|um μm=.000001 m
+    nm=.000000001 m|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
     month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi 英里=1760 yd
     海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha 公顷=10000 m^{2}
     acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit|K kelvin
-    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW KW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh
+    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh
     Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|kV=1000 V|mV=.001 V
     A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|pF=.001 nF|H henry
     mH=.001 H|Ω ohm|kΩ=1000 Ω|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|bar|atm
@@ -575,7 +578,8 @@ NEUTRAL = frozenset("unit units total long tall wide high deep each altogether �
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|negative
     |below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
-    |tens|hundreds?|thousands?|\w+illions?|dozens?|pairs?|score|grand|lakh|crore|hal(?:f|ves)|thirds?|quarters?|{"|".join(WORDS)}
+    |neither|none|false|incorrect|impossible|inverse|reciprocal|twice|tripled|\w+fold|ppm|basis|或者.*
+    |tens|hundreds?|thousands?|\w+illion\w*|mln|bln|mrd|dozens?|couples?|pairs?|score|grand|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|{"|".join(WORDS)}
     |\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
     |(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
@@ -606,7 +610,7 @@ def plain(text: str) -> str:
     for pattern, form in SPELLINGS:
         text = pattern.sub(form, text)
     text = text.strip(" *").rstrip(".,;").strip()
-    return text[1:-1].strip() if re.fullmatch(r"\{[^{},]*\}", text) else text
+    return text[1:-1].strip() if re.fullmatch(r"\{(?:[^{},]|\{[^{}]*\})*\}", text) else text
 
 
 def spaceless(text: str) -> str:
@@ -638,7 +642,8 @@ def quantity(text: str, nouns: bool = False) -> Quantity | None:
     if not match:
         return None
     sign, currency, whole, top, bottom, digits, space, after = match.groups()
-    unit = read_unit(currency or after or "", nouns, attached=not space and not currency)
+    spaced = bool(space or currency)
+    unit = read_unit(currency or after or "", nouns and (spaced or not (after or "").isascii()), attached=not spaced)
     if unit is None or currency and after or bottom and not Fraction(bottom):
         return None
     value = Fraction(top) / Fraction(bottom) + int(whole or 0) if top else Fraction(digits.replace(",", ""))
@@ -837,6 +842,7 @@ def latex(formula: str) -> str:
     """A plain formula as math-verify reads it."""
     formula = re.sub(r"(?<=\d)e([+-]?\d+)", r" \\times 10^{\1}", formula)
     formula = re.sub(r"(\d+)(?: (\d+)/(\d+)| *\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\2\4}{\3\5})", formula)  # 2 1/3
+    formula = re.sub(r"(\d+)/(\d+) (?=[A-Za-zπ√])", r"\\frac{\1}{\2}", formula)
     formula = re.sub(rf"(?<!\\)({FUNCTION})", r"\\\1 ", formula).replace("°", r"\frac{\pi}{180}")
     for macro, sign in SIGNS.items():
         if len(sign) == 1:  # (its first name replaces it)
@@ -926,7 +932,7 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import verify
-    from sympy import Expr, FiniteSet
+    from sympy import Eq, Expr, FiniteSet
 
     def read(text: str) -> Any:
         return latex2sympy(text, normalization_config=NormalizationConfig(boxed="none"),
@@ -939,7 +945,8 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
         if isinstance(a, Expr) and isinstance(g, Expr) and not a.free_symbols | g.free_symbols:
             difference, size = abs((a - g).evalf(30, maxn=400)), abs(g.evalf(30, maxn=400))
             return bool(difference <= (10**-precision / 2 if precision is not None else min(1, size) / 500_000))
-        return isinstance(a, FiniteSet) == isinstance(g, FiniteSet) and bool(verify([g], [a], timeout_seconds=None))
+        listed = {isinstance(part, FiniteSet) for part in (a, g) if not isinstance(part, Eq)}  # no set is an interval
+        return len(listed) < 2 and bool(verify([g], [a], timeout_seconds=None))
     except Exception:  # sympy raises all there is, MemoryError and RecursionError among them
         return False
     finally:
