@@ -253,50 +253,56 @@ def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str)
 
 # --- where a response gives its answer --------------------------------------------------------------------------------
 
-CLOSING = re.compile(r"""(?xi)
+CLOSING = re.compile(r"""(?xi)  # what announces a final answer
     (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 结果 | 答え | 正解 | 정답
       | \b(?:correct|right|best|final|suitable|appropriate|matching)\s+(?:option|choice|figure|letter|number)\b
       | \bfinal\s+(?:value|result)\b ) (?:\s+corr\w+)? \]?
     (?:,?\s+(?:to|for|of|in|we|here|that|then|choice|option)\b[^.:=\n]{0,40}?)? [*_"'\s]*
-    (?: (?:(?:would|should|must|will|can|has\ to|turns\ out\ to)(?:\ (?!not)\w+)?\ be|is|are|becomes|es|est|ist|é|è)(?!\w)
-      | 应?[该当]?[是为] | [は은는] | (?=[:=]) ) \s*[:=]?[*_\s]*
-    (?:(?:therefore|thus|hence|then|just|also|still|of\ course|equal\ to|(?:the\ )?(?:number|figure)|a\ total\ of|\w+ly)\b,?\s*)*
-  | ^[#*_\ ]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ ]*$      # a heading
-  | ^[#*_\ ]* (?:(?:result|conclusion|output|total|choice|solution|correct)\W{0,3}:|答:|=>|→|∴) [\s*]*(?=\S{1,20}\W*$)
+    (?: (?:(?:would|should|must|will|can|has\ to|turns\ out\ to)(?:\ (?!not)\w+)?\ be|is|are|becomes|es|est|ist|é)(?!\w)
+      | 应?[该当]?[是为] | [は은] | (?=[:=]) ) \s*[:=]?[*_\s]*
+    (?:(?:therefore|thus|hence|then|just|also|still|of\ course|equal\ to|(?:the\ )?number|a\ total\ of|\w+ly)\b,?\s*)*
+  | ^[#*_\ ]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ ]*$
+  | ^[#*_\ ]* (?:(?:result|conclusion|output|total|choice|solution|correct)\W{0,3}:|答:|=>|→) [\s*]*(?=\S{1,20}\W*$)
   | \banswer\W{1,6} (?=\(?(?:[A-J]|\d[\d.,]*)\b\W*$)
-  | <answer>\s*: | 答案\]                                             # as We-Math asks for it
+  | <answer>\s*: | 答案\]
   | (?<![不误能应])选择?(?:选项)? [:\s]* (?=\(?[A-J](?![A-Za-z\u4e00-\u9fff]))
   | \b(?:hence|thus|therefore|so|this\ is|answer|option),?:?\ (?:option\ |choice\ )?(?=\**\(?[B-J]\)?\**[.\s]*$)
   | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick|go\ with)\b""", re.MULTILINE)
-NAMED = re.compile(r"(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),? |选项 ?)[^\w\n]*|^[^\w\n]*)(\(?[A-J]\b\)?)\W*"
-                   r"(?: is (?:indeed )?(?:(?:the|our) )?(?:correct|right|best|answer)\b| ?是?正确)(?! only)", re.MULTILINE)
-CONCLUDED = re.compile(r"(?i)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))"
-                       r"(?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.* (?:is|are) (\([A-J]\).*))")  # "... is 12."
-SUPPOSED = re.compile(r"(?i)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said|not|worst"
-                      r"|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$")  # before a closing phrase
-RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|correction|edit:|update:|rather,
-    |on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|looking\ again|the\ above|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
+NAMED = re.compile(r"""(?xm)(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),?\ |选项)[^\w\n]*|^[^\w\n]*)
+    (\(?[A-J]\b\)?) (?:\W*\ is\ (?:indeed\ )?(?:(?:the|our)\ )?(?:correct|right|best|answer)\b|\W*是?正确) (?!\ only)""")
+CONCLUDED = re.compile(r"""(?xi)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))
+    (?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.*\ (?:is|are)\ (\([A-J]\).*))""")  # a last sentence, "... is 12."
+SUPPOSED = re.compile(r"""(?xi)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said
+    |not|worst|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$""")  # what takes it back, before it
+RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|edit:
+    |correction|update:|rather,|on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|looking\ again|the\ above
+    |oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
     |not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
     |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|the|that))
-    |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b|不对|错了|应该是|更正|等[等一]|可能|或者
-    |\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)|\A[^\w\n]*\n[^\w\n]*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")
+    |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b
+    |不对|错了|应该是|更正|等[等一]|可能|或者|\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)
+    |\A[^\w\n]*\n[^\w\n]*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")  # or after it
 REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
+NEGATED = re.compile(r"""(?xi)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor|never
+    |except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or|wrong|incorrect|unlikely|cannot)\b
+    |n't|\?|^(?:i|sorry|let)\b""")
 SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
-                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|for it|which) |因为)")
+                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|which) |因为)")
 FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
-NEGATED = re.compile(r"(?i)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor|never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or"
-                     r"|wrong|incorrect|unlikely|cannot)\b|n't|\?|^(?:i|sorry|let)\b")
-THOUGHTS = re.compile(r"(?i)[<◁](/?)(?:think|thinking)[>▷]")
+MARKS = [(re.compile(pattern), form) for pattern, form in (  # of thoughts, answers and ends, as other models write them
+    (r"<\|begin_of_box\|>", r"\\boxed{"), (r"<\|end_of_box\|>", "}"), (r"(?i)[<◁](/?)(?:think|thinking)[>▷]", r"<\1think>"),
+    (r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>"), (r"```(?:json)?", " "),
+    (r"(?i)</?(?:s|b|br|strong|u|eos|end_of_turn)/?>|<\|[^|<>]*\|>|<｜[^<>]*｜>|\[EOS\]", " "),
+    (r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>"))]
 NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
 
 
 def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
-    text = text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")
-    text = re.sub(r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>", THOUGHTS.sub(r"<\1think>", text))
-    text = re.sub(r"(?i)</?(?:s|b|br|strong|u|eos|end_of_turn)/?>|<\|[^|<>]*\|>|<｜[^<>]*｜>|\[EOS\]|```(?:json)?", " ", text)
-    text = re.sub(r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>", text)
-    text = "\n".join(line for line in (" ".join(line.split(" ")) for line in text.split("\n")) if line.strip())
+    for pattern, form in MARKS:
+        text = pattern.sub(form, text)
+    lines = [" ".join(line.split(" ")) for line in text.split("\n")]
+    text = "\n".join(line for line in lines if line.strip())
     after = text.rpartition("</think>")[2]
     text = after if after.strip() else text
     tags = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)[-MOST:]
@@ -315,14 +321,18 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
 
 def stated(text: str, whole: bool = True) -> list[str]:
     """What boxes and closing phrases give as final answers. whole: of a text that may be one answer, box and all."""
+    def supposed(start: int) -> bool:
+        return bool(SUPPOSED.search(text[max(0, start - 80):start]))
+
     boxes = boxed(text)[-MOST:]
     found = [box for box in boxes if not re.search(r"(?i)\bnot[\s$]*$", text[max(0, box[0] - 9):box[0]])]
     for match in list(CLOSING.finditer(text))[-MOST:]:
         answer, end = following(text, match.end())
-        if answer and not (boxes and "boxed" in answer) and not SUPPOSED.search(text[max(0, match.start() - 80):match.start()]):
+        if answer and not (boxes and "boxed" in answer) and not supposed(match.start()):
             found.append((match.start(), end, answer))
-    found += [(match.start(), match.end(), match[1]) for match in list(NAMED.finditer(text))[-MOST:]
-              if not SUPPOSED.search(text[max(0, match.start() - 80):match.start()])]
+    for match in list(NAMED.finditer(text))[-MOST:]:
+        if not supposed(match.start()):
+            found.append((match.start(), match.end(), match[1]))
     if not found or whole and found == boxes and not re.search(r"[A-Za-z]{2}\s+[A-Za-z]{2}", text):
         return []
     start, end, last = max(found)
@@ -380,14 +390,15 @@ def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     """The one option that prose begins with, "No, it is not.", or whose text it holds, "It is a plant cell.", where it
     holds no other's and denies nothing."""
     first = re.split(r"[.,;:!\n]", text)[0]
-    begun = [choice for choice in choices if same_text(choice, first)]
+    begun = [choice for choice in choices if len(plain(choice)) > 1 and same_text(choice, first)]
     named = mentioned(text, choices)
     if begun and set(named) <= set(begun):
         return begun[:1]
     if len(named) != 1 or NEGATED.search(text) or text[-1] not in '.!*"':
         return []
-    subject = any(re.sub(r"^ (?:the|an?) ", " ", words(line)).startswith(words(named[0])) for line in re.split(r"[.!\n]", text))
-    return [] if subject else named  # "The Moon is too small" says nothing
+    sentences = [re.sub(r"^ (?:the|an?) ", " ", words(sentence)) for sentence in re.split(r"[.!\n]", text)]
+    subject = any(sentence.startswith(words(named[0])) for sentence in sentences)  # "The Moon is too small" says nothing
+    return [] if subject else named
 
 
 def words(text: str) -> str:
@@ -487,7 +498,8 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
         named = next((found for part in parts if (found := option_index(part, choices)) is not None), None)
         doubted = LISTED.search(rest) or [choice for choice in mentioned(rest, choices) if choice != own]
         prose = set_off and named is None and not re.search(r"\d", rest) and not NEGATED.search(rest)
-        return index if same_option(rest, own) or same_option(within, own) or (named == index or prose) and not doubted else None
+        whole = same_option(rest, own) or same_option(within, own)
+        return index if whole or (named == index or prose) and not doubted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
     alone = set_off and not re.search(r"\b[B-HJ]\b", rest) and not NEGATED.search(rest)
     return index if alone or rest.strip("()") == letter else None
@@ -527,8 +539,8 @@ FUNCTION = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|l
 SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ div|± pm|≤ leq le leqslant|≥ geq ge geqslant
     |≠ neq ne|≈ approx|∞ infty|∠ angle|△ triangle|° circ degree degrees|∪ cup|∩ cap|∈ in|⊥ perp|∥ parallel|≅ cong|√ sqrt
     |⊙ odot|α alpha|β beta|γ gamma|δ delta|ε epsilon|θ theta|λ lambda|μ mu|ρ rho|σ sigma|φ phi|ω omega|π pi|Δ Delta
-    |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox underline operatorname""".split("|"))
-         for macro in macros}  # LaTeX's names -> the sign that stands for them here
+    |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox underline operatorname
+    """.split("|")) for macro in macros}  # LaTeX's names -> the sign that stands for them here
 SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf therefore".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
@@ -537,8 +549,9 @@ UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would
 SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and markdown -> plain text, in order
     (r"(?<![\w)}])\*\*(?!\s)([^*\n]+)\*\*(?![\w({])", r"\1"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"), (r"\*\*|`|^#+", ""),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_{}]|$)", r"\1"),
-    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}|\\(?:text)?color *\{\w+\}", ""), (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"),
-    (r"(?i)\btriangle (?=[A-Z]{3})|Δ(?=[A-Z]{3})", "△"), (r"(?i)\bangle (?=[A-Z\d])", "∠"), (r"(?<=[A-Z]) ?// ?(?=[A-Z])", "∥"),
+    (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}|\\(?:text)?color *\{\w+\}", ""),
+    (r"(?i)\btriangle (?=[A-Z]{3})|Δ(?=[A-Z]{3})", "△"), (r"(?i)\bangle (?=[A-Z\d])", "∠"),
+    (r"([∠△]) *\{([A-Z]+)\}", r"\1\2"), (r"(?<=[A-Z]) ?// ?(?=[A-Z])", "∥"),
     (r" ?(?:\* ?)?(?:\^ ?\{? ?[°o] ?\}?(?![a-z])|\{degrees?\}|°)", "°"), (r"° ?(?=[CF]\b)", "°"),
     (r"(?i)(?:degrees? |°)(celsius|fahrenheit)", r" \1"), (r"(?i)\bper cent\b", "%"),
     (r"(?i)(?:(?<![A-Za-z])(?:square |sq\. ?|sq )|平方)([^\W\d_]+)", r" \1^{2}"), (r"(?<=[a-z]{2}) squared\b", "^{2}"),
@@ -549,38 +562,39 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))", r"√{\1\2}"), (r"√\s+(?=\{)", "√"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r" ?\^ ?(?:\(([^()]*)\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]))", r"^{\1\2}"),
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
-    (">=", "≥"), ("!=", "≠"), (rf"^ ?(?!{FUNCTION})(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?[=≈] ?", ""), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "))]
+    (">=", "≥"), ("!=", "≠"), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "),
+    (rf"^ ?(?!{FUNCTION}|[^=]*\b(?:not?|or|is|if|that)\b)(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?[=≈] ?", ""))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
 NAME = re.compile(r"(?!.*\b(?:or|not?|and|whether|if|wrong|doubt|question)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
                   r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")
-MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|[a-z\d]!|(?<![A-Za-z])\d[a-zA-Zα-ω]\b|\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b
-    |\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
+MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|[a-z\d]!|(?<![A-Za-z])\d[a-zA-Zα-ω]\b
+    |\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
     |\b(?:{FUNCTION})\b""", re.VERBOSE)  # signs that a text is a formula
 GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}")  # names, of which no letter may change its place
 
 # Units: names, then what they are in units above, if anything. LONG take the prefixes; of the short only those here.
-PREFIXES = {"": 1, "kilo 千": 1000, "centi 厘": "1/100", "milli 毫": "1/1000", "deci 分": "1/10", "mega": 10**6,
-            "giga": 10**9, "micro 微": "1/1000000", "nano": "1/1000000000"}
-LONG = frozenset("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere mole".split())
-UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m|um μm=.000001 m
-    nm=.000000001 m|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
+PREFIXES = {"": "1", "kilo 千": "1000", "centi 厘": ".01", "milli 毫": ".001", "deci 分": ".1", "mega": "1e6",
+            "giga": "1e9", "micro 微": "1e-6", "nano": "1e-9"}
+LONG = set("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere mole".split())
+UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m|um μm=.001 mm
+    nm=.001 μm|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
     month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi 英里=1760 yd
-    海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha 公顷=10000 m^{2}
+    海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha=10000 m^{2}
     acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit|K kelvin
-    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh
-    Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|kV=1000 V|mV=.001 V
-    A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|pF=.001 nF|H henry
-    mH=.001 H|Ω ohm|kΩ=1000 Ω|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|bar|atm
-    byte|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
+    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh|Pa pascal
+    kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|kV=1000 V|mV=.001 V|H henry
+    A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|pF=.001 nF|Ω ohm
+    kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|bar|atm|byte
+    mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|negative
     |below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
     |neither|none|false|incorrect|impossible|inverse|reciprocal|twice|tripled|\w+fold|ppm|basis|或者.*
-    |tens|hundreds?|thousands?|\w+illion\w*|mln|bln|mrd|dozens?|couples?|pairs?|score|grand|lakhs?|crores?|hal(?:f|ves)|thirds?|quarters?|{"|".join(WORDS)}
-    |\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
+    |tens|hundreds?|thousands?|\w+illion\w*|mln|bln|mrd|dozens?|couples?|pairs?|score|grand|lakhs?|crores?|hal(?:f|ves)
+    |thirds?|quarters?|{"|".join(WORDS)}|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
     |(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})   # 7/3, 2 1/3
@@ -666,7 +680,8 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[F
         elif known:
             power, sign = sign * int(exponent or 1), 1
             above += power > 0
-            if name in "sghl" and attached or power > 1 and known[1][0][0] != "m" or above > 1 and not re.search("[·*-]", text):
+            variable = name in "sghl" and attached or power > 1 and known[1][0][0] != "m"
+            if variable or above > 1 and not re.search("[·*-]", text):
                 return None
             size *= known[0] ** power
             powers.update({base: power * n for base, n in known[1]})
@@ -688,7 +703,8 @@ UNITS: dict[str, tuple[Fraction, Dimensions]] = {}  # by name: its size and dime
 for entry in UNIT_TABLE.replace("\n", "|").split("|"):
     names, _, definition = entry.partition("=")
     factor, _, base = definition.partition(" ")
-    size, dimensions = base and read_unit(base) or (Fraction(1), ((names.split()[0], 1),))
+    size, dimensions = read_unit(base) or (Fraction(1), ())
+    dimensions = dimensions or ((names.split()[0], 1),)
     for name in names.split():
         for prefixes, scale in PREFIXES.items():
             for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
@@ -803,11 +819,10 @@ def gold_fault(record: Problem) -> str | None:
 # --- math-verify ------------------------------------------------------------------------------------------------------
 
 # What sympy would compute for minutes: towers of powers, huge powers and factorials, deep nesting.
-ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}|\)\^\{\d{3}|binom\{\d{3}|-{4}")
-AMBIGUOUS = re.compile(r";|\\text|\d_|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or no formula
+ENDLESS = re.compile(r"\^[\s{(]*-?\d{5,}|(?:\^[\s{(]*\d+[\s})]*){2,}|\d{3,}[\s})]*!|![\s})]*!|(?:[({\[]\s*){8}"
+                     r"|\)\^\{\d{3}|binom\{\d{3}|-{4}")
+AMBIGUOUS = re.compile(r";|\\text|\d_|\d\s+\d|[\d)]\s+\\frac\{\d+\}\{\d+\}\s*\d|\\[(\[]")  # several formulas, or none
 BODY = re.compile(r"((?:\\frac|[\d\s.,{}()\[\]+\-*/^×·÷π√±e]|°(?![CF]))*?[\d)}π])\s*((?:°[CF]?|[%$€£¥]|[^\W\d_π]).*)")
-
-
 WORDED = re.compile(r"(.+\S)\s([A-Za-z]{2,}(?:\^\{[1-3]\})?)")  # 2x cm
 
 
@@ -825,7 +840,8 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
     """Are two formulas equal? What math-verify would misread is settled before it is asked: units, names of angles,
     words, several formulas; and other letters than the gold's."""
     (a, a_unit), (g, g_unit) = [measured(re.sub(r",? and ", ", ", plain(text))) for text in (answer, gold)]
-    if a_unit != g_unit and (a_unit and g_unit or re.search("[°%]", f"{a_unit} {g_unit}")) or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
+    contradicts = a_unit != g_unit and (a_unit and g_unit or re.search("[°%]", f"{a_unit} {g_unit}"))
+    if contradicts or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
         return False
     misread = any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY))
     if misread or not a or not letters(a) <= letters(g) | {"e", "i"}:
@@ -945,8 +961,8 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
         if isinstance(a, Expr) and isinstance(g, Expr) and not a.free_symbols | g.free_symbols:
             difference, size = abs((a - g).evalf(30, maxn=400)), abs(g.evalf(30, maxn=400))
             return bool(difference <= (10**-precision / 2 if precision is not None else min(1, size) / 500_000))
-        listed = {isinstance(part, FiniteSet) for part in (a, g) if not isinstance(part, Eq)}  # no set is an interval
-        return len(listed) < 2 and bool(verify([g], [a], timeout_seconds=None))
+        sets = {isinstance(part, FiniteSet) for part in (a, g) if not isinstance(part, Eq)}  # none is an interval
+        return len(sets) < 2 and bool(verify([g], [a], timeout_seconds=None))
     except Exception:  # sympy raises all there is, MemoryError and RecursionError among them
         return False
     finally:
