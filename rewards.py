@@ -254,12 +254,12 @@ def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str)
 # --- where a response gives its answer --------------------------------------------------------------------------------
 
 CLOSING = re.compile(r"""(?xi)  # what announces a final answer
-    (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案 | 选项 | 结果 | 答え | 正解 | 정답
+    (?: \b(?:answer|ans|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ)\b | 答案|选项|结果|答え|正解|정답
       | \b(?:correct|right|best|final|suitable|appropriate|matching)\s+(?:option|choice|figure|letter|number)\b
       | \bfinal\s+(?:value|result)\b ) (?:\s+corr\w+)? \]?
     (?:,?\s+(?:to|for|of|in|we|here|that|then|choice|option)\b[^.:=\n]{0,40}?)? [*_"'\s]*
-    (?: (?:(?:would|should|must|will|can|has\ to|turns\ out\ to)(?:\ (?!not)\w+)?\ be|is|are|becomes|es|est|ist|é)(?!\w)
-      | 应?[该当]?[是为] | [は은] | (?=[:=]) ) \s*[:=]?[*_\s]*
+    (?: (?:(?:would|should|must|will|can|has\ to|turns\ out\ to)(?:\ (?!not)\w+)?\ be|is|are|becomes)(?!\w)
+      | (?:es|est|ist|é|è)(?!\w) | 应?[该当]?[是为] | [は은] | (?=[:=]) ) \s*[:=]?[*_\s]*
     (?:(?:therefore|thus|hence|then|just|also|still|of\ course|equal\ to|(?:the\ )?number|a\ total\ of|\w+ly)\b,?\s*)*
   | ^[#*_\ ]* (?:the\ )? (?:(?:final|correct)\ )? answer [*_\ ]*$
   | ^[#*_\ ]* (?:(?:result|conclusion|output|total|choice|solution|correct)\W{0,3}:|答:|=>|→) [\s*]*(?=\S{1,20}\W*$)
@@ -269,29 +269,30 @@ CLOSING = re.compile(r"""(?xi)  # what announces a final answer
   | \b(?:hence|thus|therefore|so|this\ is|answer|option),?:?\ (?:option\ |choice\ )?(?=\**\(?[B-J]\)?\**[.\s]*$)
   | \b(?:I|we)(?:'d|'ll|\ will|\ would)?\ (?:choose|select|pick|go\ with)\b""", re.MULTILINE)
 NAMED = re.compile(r"""(?xm)(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),?\ |选项)[^\w\n]*|^[^\w\n]*)
-    (\(?[A-J]\b\)?) (?:\W*\ is\ (?:indeed\ )?(?:(?:the|our)\ )?(?:correct|right|best|answer)\b|\W*是?正确) (?!\ only)""")
+    (\(?[A-J]\b\)?)(?:\W*\ is\ (?:indeed\ )?(?:(?:the|our)\ )?(?:correct|right|best|answer)\b|\W*是?正确)(?!\ only)""")
 CONCLUDED = re.compile(r"""(?xi)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))
-    (?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.*\ (?:is|are)\ (\([A-J]\).*))""")  # a last sentence, "... is 12."
-SUPPOSED = re.compile(r"""(?xi)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?|said
-    |not|worst|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$""")  # what takes it back, before it
+    (?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.*\ (?:is|are)\ (\([A-J]\).*))""")  # "... is 12."
+SUPPOSED = re.compile(r"""(?xi)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?
+    |said|not|worst|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$""")  # before an answer
 RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|edit:
-    |correction|update:|rather,|on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|looking\ again|the\ above
-    |oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|perhaps|maybe
-    |not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
+    |correction|update:|rather,|on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|the\ above
+    |looking\ again|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|maybe
+    |perhaps|not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
     |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|the|that))
     |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b
     |不对|错了|应该是|更正|等[等一]|可能|或者|\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)
     |\A[^\w\n]*\n[^\w\n]*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")  # or after it
-REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell|help))\b")
-NEGATED = re.compile(r"""(?xi)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor|never
-    |except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or|wrong|incorrect|unlikely|cannot)\b
-    |n't|\?|^(?:i|sorry|let)\b""")
-SENTENCE_END = re.compile(r"(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다"
-                          r"|(?<=[A-J][.!])(?= (?:I|A|The|It|This|Let) )|,? ?(?=(?:because|since|as|due to|which) |因为)")
+REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell))\b")
+NEGATED = re.compile(r"""(?xi)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor
+    |never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or|wrong|incorrect|cannot)\b
+    |unlikely|n't|\?|^(?:i|sorry|let)\b""")
+SENTENCE_END = re.compile(r"""(?x)(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다
+    |(?<=[A-J][.!])(?=\ (?:I|A|The|It|This|Let)\ )|,?\ ?(?=(?:because|since|as|due\ to|which)\ |因为)""")
 FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
 MARKS = [(re.compile(pattern), form) for pattern, form in (  # of thoughts, answers and ends, as other models write them
-    (r"<\|begin_of_box\|>", r"\\boxed{"), (r"<\|end_of_box\|>", "}"), (r"(?i)[<◁](/?)(?:think|thinking)[>▷]", r"<\1think>"),
-    (r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>"), (r"```(?:json)?", " "),
+    (r"<\|begin_of_box\|>", r"\\boxed{"), (r"<\|end_of_box\|>", "}"), (r"```(?:json)?", " "),
+    (r"(?i)[<◁](/?)(?:think|thinking)[>▷]", r"<\1think>"),
+    (r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>"),
     (r"(?i)</?(?:s|b|br|strong|u|eos|end_of_turn)/?>|<\|[^|<>]*\|>|<｜[^<>]*｜>|\[EOS\]", " "),
     (r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>"))]
 NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
@@ -397,7 +398,7 @@ def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     if len(named) != 1 or NEGATED.search(text) or text[-1] not in '.!*"':
         return []
     sentences = [re.sub(r"^ (?:the|an?) ", " ", words(sentence)) for sentence in re.split(r"[.!\n]", text)]
-    subject = any(sentence.startswith(words(named[0])) for sentence in sentences)  # "The Moon is too small" says nothing
+    subject = any(sentence.startswith(words(named[0])) for sentence in sentences)  # "The Moon is too small."
     return [] if subject else named
 
 
@@ -536,12 +537,12 @@ MAX_ANSWER = 1000  # characters; a longer answer is wrong unread
 LETTERS = "ABCDEFGHIJ"  # what a choice may be when its options stand in the question or in the picture
 
 FUNCTION = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp"
-SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ div|± pm|≤ leq le leqslant|≥ geq ge geqslant
+SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ div|± pm|≤ leq le leqslant|≥ geq ge
     |≠ neq ne|≈ approx|∞ infty|∠ angle|△ triangle|° circ degree degrees|∪ cup|∩ cap|∈ in|⊥ perp|∥ parallel|≅ cong|√ sqrt
     |⊙ odot|α alpha|β beta|γ gamma|δ delta|ε epsilon|θ theta|λ lambda|μ mu|ρ rho|σ sigma|φ phi|ω omega|π pi|Δ Delta
     |Ω Omega|\\frac dfrac tfrac cfrac|\\text mathrm textbf mathbf textrm textit mathit mbox underline operatorname
     """.split("|")) for macro in macros}  # LaTeX's names -> the sign that stands for them here
-SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr limits rm bf therefore".split(), "")
+SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr rm bf therefore".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
 UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
@@ -577,21 +578,21 @@ GEOMETRY = re.compile(r"[∠△⊙∥⊥≅]|\\(?:over\w+|vec|widehat)|[A-Z]{3}"
 # Units: names, then what they are in units above, if anything. LONG take the prefixes; of the short only those here.
 PREFIXES = {"": "1", "kilo 千": "1000", "centi 厘": ".01", "milli 毫": ".001", "deci 分": ".1", "mega": "1e6",
             "giga": "1e9", "micro 微": "1e-6", "nano": "1e-9"}
-LONG = set("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere mole".split())
-UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m|um μm=.001 mm
-    nm=.001 μm|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h|week 周=7 day|ms=.001 s
-    month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi 英里=1760 yd
+LONG = set("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere".split())
+UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m
+    μm um=.001 mm|nm=.001 μm|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h
+    week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi=1760 yd
     海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha=10000 m^{2}
     acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit|K kelvin
-    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh|Pa pascal
-    kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|kV=1000 V|mV=.001 V|H henry
-    A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|pF=.001 nF|Ω ohm
-    kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|bar|atm|byte
-    mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
+    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh|byte
+    Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V
+    kV=1000 V|H henry|A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar
+    Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV
+    T tesla|ms=.001 s|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point|negative
-    |below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
+NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point
+    |negative|below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
     |neither|none|false|incorrect|impossible|inverse|reciprocal|twice|tripled|\w+fold|ppm|basis|或者.*
     |tens|hundreds?|thousands?|\w+illion\w*|mln|bln|mrd|dozens?|couples?|pairs?|score|grand|lakhs?|crores?|hal(?:f|ves)
     |thirds?|quarters?|{"|".join(WORDS)}|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty

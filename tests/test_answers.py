@@ -37,7 +37,8 @@ def misjudged(row: dict) -> list[str]:
 @pytest.mark.parametrize("kind", sorted({row["kind"] for row in ROWS}))
 def test_answers_are_judged_as_a_person_does(kind):
     with ThreadPoolExecutor(rewards.VERIFIER.workers) as pool:
-        faults = [fault for found in pool.map(misjudged, [row for row in ROWS if row["kind"] == kind]) for fault in found]
+        found = pool.map(misjudged, [row for row in ROWS if row["kind"] == kind])
+        faults = [fault for row in found for fault in row]
     assert not faults, "\n".join(faults)
 
 
