@@ -581,14 +581,15 @@ PREFIXES = {"": "1", "kilo 千": "1000", "centi 厘": ".01", "milli 毫": ".001"
 LONG = set("meter metre 米 gram gramme 克 second liter litre 升 newton joule watt pascal hertz volt ampere".split())
 UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1000 m|dm=.1 m|cm=.01 m|mm=.001 m
     μm um=.001 mm|nm=.001 μm|kg 公斤=1000 g|mg=.001 g|min minute 分钟=60 s|h hr hour 小时=60 min|day 天=24 h
-    week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft|mile mi=1760 yd
-    海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal|hectare ha=10000 m^{2}
-    acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian|°C celsius|°F fahrenheit|K kelvin
-    N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh|byte
-    Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V
-    kV=1000 V|H henry|A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar
-    Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV
-    T tesla|ms=.001 s|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
+    week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft
+    mile mi=1760 yd|海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal
+    hectare ha=10000 m^{2}|acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian
+    °C celsius|°F fahrenheit|K kelvin|N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW
+    mW=.001 W|Wh|kWh kwh=1000 Wh|byte|Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz
+    MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V|kV=1000 V|H henry|A amp ampere|mA=.001 A|μA=.001 mA|C coulomb
+    μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar|Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole
+    mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|ms=.001 s|mph=.44704 m/s
+    kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point
