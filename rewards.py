@@ -271,17 +271,18 @@ CLOSING = re.compile(r"""(?xi)  # what announces a final answer
 NAMED = re.compile(r"""(?xm)(?:(?i:\b(?:option|choice|answer|so|thus|hence|therefore),?\ |选项)[^\w\n]*|^[^\w\n]*)
     (\(?[A-J]\b\)?)(?:\W*\ is\ (?:indeed\ )?(?:(?:the|our)\ )?(?:correct|right|best|answer)\b|\W*是?正确)(?!\ only)""")
 CONCLUDED = re.compile(r"""(?xi)(?!.*(?:\b(?:not?|wrong|incorrect|whether|if|far|doubt|guess|intermediate)\b|n't))
-    (?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(\S.*)|.*\ (?:is|are)\ (\([A-J]\).*))""")  # "... is 12."
+    (?:.*(?:\b(?:is|are|equals)\b|=|[为是]):?\s*(?:approximately|about|around)?\s*(?!\([A-J]\))(\S.*)
+    |.*\ (?:is|are)\ (\([A-J]\).*))""")  # a last sentence, "... is 12."
 SUPPOSED = re.compile(r"""(?xi)(?:\b(?:if|whether|unless|suppose|assuming|false|wrong|incorrect|neither|doubt\w*|says?
     |said|not|worst|thinks?|claims?|impossible|unlikely|cannot)\b|n't|错误|^is)\b[^.,\n]*$""")  # before an answer
 RETRACTED = re.compile(r"""(?xi)(?:^|[.?!\n。,(])[ \t*-]*(?:(?:but\ )?wait|hmm+|oops|er,|nope|scratch|strike|edit:
     |correction|update:|rather,|on\ (?:second\ thought|reflection)|(?:after\ )?re(?:count|check|consider)|the\ above
     |looking\ again|oh\ no|never\ ?mind|hold\ on|my\ mistake|i\ (?:made|was|take)|let\ me\ (?:re|correct)|either|maybe
     |perhaps|not?,?\ (?:wait|that|it|i|\d+|\(?[A-J]\b)|or\ (?:perhaps|\(?(?:[A-J]|\d+)\b)|no\.$
-    |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|the|that))
+    |(?:that|this|it)(?:'s|\ is|\ was)\ (?:not(?!\ \w+\ to\b)|wrong|incorrect|a\ mistake)|actually,?\ (?:it|no|th))
     |\b(?:could|might|may)\ (?:also\ )?be\b|\bshould\ be\ \(?(?:[A-J]|\d+)\b|\binstead\b
     |不对|错了|应该是|更正|等[等一]|可能|或者|\A\W*(?:is|was|would\ be)\ (?:wrong|not|in|a\ trap)
-    |\A[^\w\n]*\n[^\w\n]*(?-i:[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")  # or after it
+    |\A[^\w\n]*\n[^\w\n]*(?-i:(?![AI]\ [a-z])[A-J]\b(?:[).:\s*]|$)|-?[\d.]+[^\w\n]*(?:\n|$))""")  # or after it
 REFUSED = re.compile(r"(?i)\?|^(?:no idea|i|sorry|unable|as an|please|let|it is not|cannot (?:see|tell))\b")
 NEGATED = re.compile(r"""(?xi)\b(?:not?|but|think|maybe|other|impossible|eliminate|exclude|false|nobody|neither|nor
     |never|except|unlike|without|instead|rather|either|whether|hardly|ruled|first|or|wrong|incorrect|cannot)\b
