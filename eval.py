@@ -251,9 +251,9 @@ def vote_of_item(item: str, nouns: bool) -> str:
     if found is None:
         return normal_text(item)
     value, size, unit = found
-    number = float(value * size)
-    digits = f"{number:.6g}" if abs(number) < 1 else f"{number:.5f}"
-    return digits + ("" if unit == THINGS else str(unit))
+    number = value * size
+    digits = f"{float(number):.6g}" if abs(number) < 1 else f"{number.limit_denominator(10**5)}"
+    return digits + ("" if unit in ((), THINGS) else str(unit))
 
 
 def majority_right(result: Result) -> float:

@@ -303,7 +303,7 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
     for pattern, form in MARKS:
         text = pattern.sub(form, text)
-    lines = [" ".join(line.split(" ")) for line in text.split("\n")]
+    lines = [re.sub(r"[ \t]+", " ", line) for line in text.split("\n")]
     text = "\n".join(line for line in lines if line.strip())
     after = text.rpartition("</think>")[2]
     text = after if after.strip() else text
@@ -314,7 +314,7 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     while len(lines) > 1 and FAREWELL.match(lines[-1]):
         lines.pop()
     text = "\n".join(lines)
-    if re.search(r"<(?:think|answer)>(?! ?:)", text):  # cut off
+    if not text or re.search(r"<(?:think|answer)>(?! ?:)", text):  # cut off
         return []
     if len(text) <= MAX_ANSWER and re.match(r"\(?[A-J][).:] ", text) and named_option(text, choices) is not None:
         return [text]  # (an option may have several lines)
@@ -328,8 +328,9 @@ def stated(text: str, whole: bool = True) -> list[str]:
 
     boxes = boxed(text)[-MOST:]
     found = [box for box in boxes if not re.search(r"(?i)\bnot[\s$]*$", text[max(0, box[0] - 9):box[0]])]
-    for match in list(CLOSING.finditer(text))[-MOST:]:
-        answer, end = following(text, match.end())
+    closings = list(CLOSING.finditer(text))[-MOST:]
+    for match, after in zip(closings, [*(match.start() for match in closings[1:]), len(text)]):
+        answer, end = following(text[:after], match.end())
         if answer and not (boxes and "boxed" in answer) and not supposed(match.start()):
             found.append((match.start(), end, answer))
     for match in list(NAMED.finditer(text))[-MOST:]:
@@ -341,7 +342,7 @@ def stated(text: str, whole: bool = True) -> list[str]:
     closing = len(text) - end < TAIL or "\n" not in text[:start] or (start, end, last) in boxes
     if not closing or RETRACTED.search(text[end:]):
         return []
-    rivals = [answer for at, _, answer in sorted(found)[:-1] if at >= start - NEAR and is_value(answer)]
+    rivals = [answer for at, _, answer in sorted(found)[:-1] if at >= start - NEAR and (whole or is_value(answer))]
     return [answer.strip() for answer in (*rivals, last) if answer.strip()]
 
 
@@ -391,11 +392,12 @@ def lone_answer(text: str) -> list[str]:
 def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     """The one option that prose begins with, "No, it is not.", or whose text it holds, "It is a plant cell.", where it
     holds no other's and denies nothing."""
-    first = re.split(r"[.,;:!\n]", text)[0]
+    first = re.split(r"[.,;:!\n]", text)[0][:MAX_ANSWER]
     begun = [choice for choice in choices if len(plain(choice)) > 1 and same_text(choice, first)]
     named = mentioned(text, choices)
-    if begun and set(named) <= set(begun):
-        return begun[:1]
+    others = [choice for choice in choices if choice not in begun and words(choice) in words(text)]
+    if begun:
+        return [] if others or re.search(r"(?i)\?|\b(?:maybe|or|hmm|wait|but)\b", text) else begun[:1]
     if len(named) != 1 or NEGATED.search(text) or text[-1] not in '.!*"':
         return []
     sentences = [re.sub(r"^ (?:the|an?) ", " ", words(sentence)) for sentence in re.split(r"[.!\n]", text)]
@@ -499,7 +501,8 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
         parts = (rest, within, re.split(r"[.,;:] |,? (?:because|since|as|which) ", within, maxsplit=1)[0])
         named = next((found for part in parts if (found := option_index(part, choices)) is not None), None)
         doubted = LISTED.search(rest) or [choice for choice in mentioned(rest, choices) if choice != own]
-        prose = set_off and named is None and not re.search(r"\d", rest) and not NEGATED.search(rest)
+        restated = [word for word in words(own).split() if len(word) > 2 and f" {word} " in words(rest)]
+        prose = set_off and restated and named is None and not re.search(r"\d", rest) and not NEGATED.search(rest)
         whole = same_option(rest, own) or same_option(within, own)
         return index if whole or (named == index or prose) and not doubted else None
     # The options stand where we cannot read them: the letter must be set off, and be the only one.
@@ -565,7 +568,8 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π"), (r" ?\^ ?(?:\(([^()]*)\)|(-?\d+(?:\.\d+)?|-?[A-Za-z]))", r"^{\1\2}"),
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
     (">=", "≥"), ("!=", "≠"), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "),
-    (rf"^ ?(?!{FUNCTION}|[^=]*\b(?:not?|or|is|if|that)\b)(?:[A-Za-z][A-Za-z.]+[A-Za-z. ]*)?[=≈] ?", ""))]
+    (rf"^ ?(?!{FUNCTION}|[^=]*\b(?:not?|or|is|if|that|wrong)\b)"  # the label of `Area = 12`, `Total S.A. = 12`
+     r"(?:[A-Za-z. ]*(?:[a-z]{3}|[A-Z]\.)[A-Za-z. ]*)?[=≈] ?", ""))]
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
@@ -585,19 +589,20 @@ UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1
     week 周=7 day|month|year yr 年=12 month|inch in inches 英寸=.0254 m|ft foot feet 英尺=12 inch|yd yard=3 ft
     mile mi=1760 yd|海里 nmi=1852 m|L l liter litre 升=.001 m^{3}|ml mL=.001 L|cl cL=.01 L|dl dL=.1 L|gallon gal
     hectare ha=10000 m^{2}|acre=4840 yd^{2}|tonne ton 吨=1000 kg|pound lb|oz ounce|° degree deg 度|rad radian
-    °C celsius|°F fahrenheit|K kelvin|N newton|kN=1000 N|J joule|kJ=1000 J|MJ=1000 kJ|W watt|kW kw=1000 W|MW=1000 kW
-    mW=.001 W|Wh|kWh kwh=1000 Wh|byte|Pa pascal|kPa=1000 Pa|MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz
-    MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V|kV=1000 V|H henry|A amp ampere|mA=.001 A|μA=.001 mA|C coulomb
-    μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar|Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole
-    mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV|MeV=1000 keV|T tesla|ms=.001 s|mph=.44704 m/s
-    kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp|¥ yuan yen rmb 元|cent ¢=.01 $"""
+    °C celsius|°F fahrenheit|K kelvin|N newton=1 kg·m/s^{2}|kN=1000 N|J joule=1 N·m|kJ=1000 J|MJ=1000 kJ
+    W watt=1 J/s|kW kw=1000 W|MW=1000 kW|mW=.001 W|Wh|kWh kwh=1000 Wh|byte|Pa pascal=1 N/m^{2}|kPa=1000 Pa
+    MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V|kV=1000 V|H henry
+    A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar
+    Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV
+    MeV=1000 keV|T tesla|ms=.001 s|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp
+    ¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NOT_UNITS = re.compile(rf"""(?ix)and|but|not|nor|than|plus|minus|times|over|out|root|squared?|cubed?|factorial|point
     |negative|below|above|under|without|less|more|fewer|never|wrong|maybe|perhaps|assuming|if|percent|halved|doubled|.*分之.*
-    |neither|none|false|incorrect|impossible|inverse|reciprocal|twice|tripled|\w+fold|ppm|basis|或者.*
+    |neither|none|false|incorrect|impossible|inverse|reciprocal|twice|tripled|\w+fold|ppm|basis|或者.*|{FUNCTION}|(?:co)?sine|alpha|beta|gross|possibly|too|off|etc
     |tens|hundreds?|thousands?|\w+illion\w*|mln|bln|mrd|dozens?|couples?|pairs?|score|grand|lakhs?|crores?|hal(?:f|ves)
-    |thirds?|quarters?|{"|".join(WORDS)}|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
+    |thirds?|quarters?|{"|".join(NUMBER_WORDS)}|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty
     |(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|million)ths?""")
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 NUMBER = re.compile(rf"""([+-]?)\s*([$€£¥]?)\s*(?:(?:([0-9]+)\s+)?({DECIMAL})\s*/\s*(-?{DECIMAL})   # 7/3, 2 1/3
@@ -637,7 +642,8 @@ def spaceless(text: str) -> str:
 
 def same_text(answer: str, gold: str) -> bool:
     """Are they one text, but for case, spaces, punctuation around and articles?"""
-    return normal_text(answer) == normal_text(gold)
+    same_case = spaceless(answer).casefold() == spaceless(gold).casefold()
+    return same_case or normal_text(answer) == normal_text(gold)
 
 
 def normal_text(text: str) -> str:
@@ -655,12 +661,13 @@ def quantity(text: str, nouns: bool = False) -> Quantity | None:
     text = FRACTION.sub(r" \1\2/\3", plain(text)).strip()
     text = text[1:-1] if text[:1] + text[-1:] == "()" and "," not in text else text
     first, _, rest = text.partition(" ")
-    match = NUMBER.fullmatch(f"{WORDS.index(first.lower())} {rest}" if first.lower() in WORDS else text)
+    match = NUMBER.fullmatch(f"{NUMBER_WORDS.index(first.lower())} {rest}" if first.lower() in NUMBER_WORDS else text)
     if not match:
         return None
     sign, currency, whole, top, bottom, digits, space, after = match.groups()
     spaced = bool(space or currency)
-    unit = read_unit(currency or after or "", nouns and (spaced or not (after or "").isascii()), attached=not spaced)
+    attached = not spaced and len(digits or "") < 2  # 500g is no variable
+    unit = read_unit(currency or after or "", nouns and (spaced or not (after or "").isascii()), attached)
     if unit is None or currency and after or bottom and not Fraction(bottom):
         return None
     value = Fraction(top) / Fraction(bottom) + int(whole or 0) if top else Fraction(digits.replace(",", ""))
@@ -683,8 +690,8 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[F
         elif known:
             power, sign = sign * int(exponent or 1), 1
             above += power > 0
-            variable = name in "sghl" and attached or power > 1 and known[1][0][0] != "m"
-            if variable or above > 1 and not re.search("[·*-]", text):
+            variable = name in set("sghl") and attached or power > 1 and known[1][0][0] != "m"
+            if variable or above > 1 and not re.search("[·*-]|[a-z]{2}", text):
                 return None
             size *= known[0] ** power
             powers.update({base: power * n for base, n in known[1]})
@@ -703,16 +710,22 @@ def unit_named(name: str) -> tuple[Fraction, Dimensions] | None:
 
 
 UNITS: dict[str, tuple[Fraction, Dimensions]] = {}  # by name: its size and dimensions
-for entry in UNIT_TABLE.replace("\n", "|").split("|"):
-    names, _, definition = entry.partition("=")
-    factor, _, base = definition.partition(" ")
-    size, dimensions = read_unit(base) or (Fraction(1), ())
-    dimensions = dimensions or ((names.split()[0], 1),)
-    for name in names.split():
-        for prefixes, scale in PREFIXES.items():
-            for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
-                UNITS[prefix + name] = (size * Fraction(factor or 1) * Fraction(scale), dimensions)
-UNITS |= {name.lower(): unit for name, unit in UNITS.items() if len(name) > 2}
+
+
+def _fill_units() -> None:
+    for entry in UNIT_TABLE.replace("\n", "|").split("|"):
+        names, _, definition = entry.partition("=")
+        factor, _, base = definition.partition(" ")
+        size, dimensions = read_unit(base) or (Fraction(1), ())
+        for name in names.split():
+            for prefixes, scale in PREFIXES.items():
+                for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
+                    unit = size * Fraction(factor or 1) * Fraction(scale), dimensions or ((names.split()[0], 1),)
+                    UNITS[prefix + name] = unit
+    UNITS.update({name.lower(): unit for name, unit in UNITS.items() if len(name) > 2})
+
+
+_fill_units()
 
 
 def same_quantity(answer: Quantity | None, gold: Quantity | None, precision: int | None) -> bool:
@@ -762,7 +775,7 @@ def infer_answer_type(golds: tuple[str, ...], choices: tuple[str, ...]) -> str:
         items = parse_items(gold)
         if re.fullmatch(r"[(\[]*[A-J][)\].:]*", gold):
             kinds.add("choice")  # its options stand in the question (SceMQA, MathVerse) or in the picture
-        elif quantity(gold) and gold.lower() not in WORDS:
+        elif quantity(gold) and gold.lower() not in NUMBER_WORDS:
             kinds.add("number")
         elif items and all(quantity(item) or items[0] == "[" and not MATH.search(item) for item in items[1]):
             kinds.add("list")
@@ -844,7 +857,8 @@ def same_formula(answer: str, gold: str, precision: int | None = None) -> bool:
     words, several formulas; and other letters than the gold's."""
     (a, a_unit), (g, g_unit) = [measured(re.sub(r",? and ", ", ", plain(text))) for text in (answer, gold)]
     contradicts = a_unit != g_unit and (a_unit and g_unit or re.search("[°%]", f"{a_unit} {g_unit}"))
-    if contradicts or any(a.count(sign) > g.count(sign) for sign in "='<>≤≥≠"):
+    relations = ("=", "'", "≠", "[<>]", "[≤≥]")
+    if contradicts or any(len(re.findall(sign, a)) > len(re.findall(sign, g)) for sign in relations):
         return False
     misread = any(pattern.search(a) for pattern in (ENDLESS, AMBIGUOUS, GEOMETRY))
     if misread or not a or not letters(a) <= letters(g) | {"e", "i"}:
@@ -903,8 +917,8 @@ class Verifier:
 
     def _ask(self, gold: str, answer: str | None, precision: int | None) -> bool:
         for _ in range(3):
-            pool = self._running()
             try:
+                pool = self._running()
                 asked = pool.schedule(_verify, args=[gold, answer, precision, self.timeout], timeout=self.timeout)
                 while not wait([asked], timeout=1).done:
                     if not pool.active:  # it broke while the question was on its way, and will never answer
@@ -925,8 +939,10 @@ class Verifier:
         with self._starting:
             if self._pool is None or not self._pool.active:
                 context = get_context("forkserver")  # (a plain fork would copy CUDA's state, and locks)
-                # What a worker needs is imported once, and no heir of a killed one waits for it.
-                context.set_forkserver_preload([Path(sys.argv[0]).stem, __name__, "math_verify"])
+                # What workers import, the program's other files too, is imported once: heirs of killed ones need not.
+                ours = [name for name, module in sys.modules.items() if name != "__main__" and
+                        Path(getattr(module, "__file__", None) or "/").parent == Path(__file__).parent]
+                context.set_forkserver_preload([*ours, "math_verify"])
                 self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory],
                                          context=context)
             return self._pool
@@ -961,6 +977,8 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
     try:
         g = read(gold)
         a = read(gold if answer is None else answer)
+        if a == g:
+            return True
         if isinstance(a, Expr) and isinstance(g, Expr) and not a.free_symbols | g.free_symbols:
             difference, size = abs((a - g).evalf(30, maxn=400)), abs(g.evalf(30, maxn=400))
             return bool(difference <= (10**-precision / 2 if precision is not None else min(1, size) / 500_000))
