@@ -314,7 +314,7 @@ def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
     while len(lines) > 1 and FAREWELL.match(lines[-1]):
         lines.pop()
     text = "\n".join(lines)
-    if not text or re.search(r"<(?:think|answer)>(?! ?:)", text):  # cut off
+    if not text or re.search(r"<(?:think|/?answer)>(?! ?:)", text):  # cut off
         return []
     if len(text) <= MAX_ANSWER and re.match(r"\(?[A-J][).:] ", text) and named_option(text, choices) is not None:
         return [text]  # (an option may have several lines)
@@ -594,7 +594,7 @@ UNIT_TABLE = """m meter metre 米|g gram gramme 克|s sec second 秒|km 公里=1
     MPa=1000 kPa|GPa=1000 MPa|Hz hertz|kHz=1000 Hz|MHz=1000 kHz|GHz=1000 MHz|V volt|mV=.001 V|kV=1000 V|H henry
     A amp ampere|mA=.001 A|μA=.001 mA|C coulomb|μC=.000001 C|nC=.001 μC|F farad|μF=.000001 F|nF=.001 μF|atm|bar
     Ω ohm|pF=.001 nF|kΩ=1000 Ω|mH=.001 H|mol mole|mmol=.001 mol|cal calorie|kcal=1000 cal|eV|keV=1000 eV
-    MeV=1000 keV|T tesla|ms=.001 s|mph=.44704 m/s|kmh kph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp
+    MeV=1000 keV|T tesla|ms=.001 s|mph=.44704 m/s|kmh kph kmph=1 km/h|% percent|$ dollar usd 美元|€ euro|£ gbp
     ¥ yuan yen rmb 元|cent ¢=.01 $"""
 NEUTRAL = frozenset("unit units total long tall wide high deep each altogether 个 只 人 次 件 本 张 块 条".split())
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
