@@ -235,7 +235,8 @@ class Response:
 def score(text: str, record: Problem, style: str, tokens: int | None = None,
           truncated: bool | None = None) -> Response:
     """Score one response to a record in a prompt style, for training and evaluation alike."""
-    return Response(extract_answer(text, record.choices), accuracy_reward(text, record), format_reward(text, style),
+    answers = final_answers(text, record.choices)
+    return Response(answers[-1] if answers else None, float(_all_right(answers, record)), format_reward(text, style),
                     observation_accuracy(text, record, style), text, tokens, truncated)
 
 
