@@ -411,13 +411,14 @@ def test_a_hung_verifier_is_killed_and_counted(started):
 
 def test_many_that_hang_cost_their_time_out_and_no_restart(started):
     """Eight took 56 s, for each worker that was killed had to import torch and all again."""
+    others = active_children()
     verifier, workers = started(timeout=1.0, workers=4)
-    worked = time.process_time()
     with ThreadPoolExecutor(4) as threads:
         assert not any(threads.map(lambda n: verifier("2", f"{HANGS} + {n}"), range(8)))
-    assert verifier.timeouts == 8 and len(workers) == 4 and time.process_time() - worked < 1
-    heirs = [child for child in active_children() if child not in workers]
-    assert verifier("3", "3") and all(cpu(heir.pid) < 100 for heir in heirs), "heirs import nothing: that takes seconds"
+    assert verifier.timeouts == 8 and len(workers) == 4
+    assert verifier("3", "3")
+    heirs = [child for child in active_children() if child not in others + workers]
+    assert heirs and all(cpu(heir.pid) < 100 for heir in heirs), "heirs import nothing: that takes seconds"
 
 
 def test_hangs_hold_up_nobody_else(started):
