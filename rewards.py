@@ -407,6 +407,7 @@ def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
 
 
 def words(text: str) -> str:
+    """The words of a text, a space on both sides of each."""
     return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
 
