@@ -830,7 +830,8 @@ def gold_fault(record: Problem) -> str | None:
     for gold in record.golds:
         formula = record.answer_type == "math" and not GEOMETRY.search(plain(gold))
         if not (same_formula(gold, gold) if formula else RULES[record.answer_type](gold, gold, record)):
-            return f"record {record.id}: math-verify cannot read its answer {gold!r}; is it a text?"
+            why = "math-verify cannot read" if formula else "no rule reads"
+            return f"record {record.id}: {why} its answer {gold!r}; is it a text?"
     return None
 
 
