@@ -919,6 +919,7 @@ class Verifier:
             self._pool = None
 
     def _ask(self, gold: str, answer: str | None, precision: int | None) -> bool:
+        cause: Exception | None = None
         for _ in range(3):
             try:
                 pool = self._running()
@@ -931,19 +932,19 @@ class Verifier:
                 self.timeouts += 1
                 return False
             except ProcessExpired as death:  # over this answer, or by a SIGTERM that a cluster sends to all processes
-                if abs(death.exitcode) != signal.SIGTERM:  # of a job, which says nothing of the answer: ask again
-                    return False
-            except (BrokenProcessPool, RuntimeError):  # a worker was killed between two questions, which ends its pool
-                continue
+                if abs(death.exitcode) not in (signal.SIGTERM, 255):  # of a job (255: to the one who forks as well),
+                    return False  # which says nothing of the answer: ask again
+            except (BrokenProcessPool, RuntimeError) as error:  # a worker was killed between two questions: no pool
+                cause = error
         raise RuntimeError("the math-verify workers do not start, or are killed (see above): is math-verify installed, "
-                           'and does the program start under `if __name__ == "__main__":`?')
+                           'and does the program start under `if __name__ == "__main__":`?') from cause
 
     def _running(self) -> ProcessPool:
         with self._starting:
             if self._pool is None or not self._pool.active:
                 context = get_context("forkserver")  # (a plain fork would copy CUDA's state, and locks)
                 # What workers import, the program's other files too, is imported once: heirs of killed ones need not.
-                ours = [name for name, module in sys.modules.items() if name != "__main__" and
+                ours = [name for name, module in sys.modules.copy().items() if name != "__main__" and
                         Path(getattr(module, "__file__", None) or "/").parent == Path(__file__).parent]
                 context.set_forkserver_preload([*ours, "math_verify"])
                 self._pool = ProcessPool(self.workers, initializer=_start_worker, initargs=[self.memory],

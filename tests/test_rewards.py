@@ -455,8 +455,9 @@ def cpu(pid: int) -> int:
     return int(user) + int(system)
 
 
-@pytest.mark.parametrize("sent, verdict", [(signal.SIGTERM, True), (signal.SIGKILL, False)])
-def test_a_worker_ended_by_the_cluster_is_asked_again(started, sent, verdict):
+@pytest.mark.parametrize("sent, verdict, server", [(signal.SIGTERM, True, False), (signal.SIGTERM, True, True),
+                                                   (signal.SIGKILL, False, False)])
+def test_a_worker_ended_by_the_cluster_is_asked_again(started, sent, verdict, server):
     """srun and scancel send SIGTERM to all processes of a job, in the middle of whatever answer: a right one was then
     wrong, and the run trained on it and saved it. What kills for memory sends SIGKILL, and would do so again."""
     verifier, [worker] = started(timeout=60.0, workers=1)
@@ -465,6 +466,8 @@ def test_a_worker_ended_by_the_cluster_is_asked_again(started, sent, verdict):
         asked = threads.submit(verifier, *SLOW)
         while cpu(worker.pid) < before + 5:
             time.sleep(0.01)
+        if server:  # the process that forks workers is one of the job too
+            os.kill(int(Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[1]), sent)
         os.kill(worker.pid, sent)
         assert asked.result() == verdict and verifier.timeouts == 0
     assert verifier("4", "4") and not verifier("4", "5")
