@@ -378,12 +378,11 @@ def lone_answer(text: str) -> list[str]:
     if concluded and (concluded[2] or so and quantity(concluded[1], nouns=True)):
         return [concluded[1] or concluded[2]]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
-        words = len(text.split())
-        return [text] if lettered or words < 5 or words < 9 and not text.endswith(".") else []
-    rest = "\n".join(["", *lines[1:]])
+        count = len(text.split())
+        return [text] if lettered or count < 5 or count < 9 and not text.endswith(".") else []
     goes_on = re.fullmatch(letter, lines[0]) and lines[1][0].islower()  # "B\nis wrong"
     if (lettered == lines[:1] or quantity(lines[0])) and not goes_on:
-        return [] if RETRACTED.search(rest) else [lines[0]]
+        return [] if RETRACTED.search("\n".join(["", *lines[1:]])) else [lines[0]]
     if quantity(lines[-1]) and quantity(lines[-2]):
         return []
     last = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
@@ -395,10 +394,11 @@ def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
     holds no other's and denies nothing."""
     first = re.split(r"[.,;:!\n]", text)[0][:MAX_ANSWER]
     begun = [choice for choice in choices if len(plain(choice)) > 1 and same_text(choice, first)]
-    named = mentioned(text, choices)
-    others = [choice for choice in choices if choice not in begun and words(choice) in words(text)]
     if begun:
+        prose = words(text)
+        others = [choice for choice in choices if choice not in begun and words(choice) in prose]
         return [] if others or re.search(r"(?i)\?|\b(?:maybe|or|hmm|wait|but)\b", text) else begun[:1]
+    named = mentioned(text, choices)
     if len(named) != 1 or NEGATED.search(text) or text[-1] not in '.!*"':
         return []
     sentences = [re.sub(r"^ (?:the|an?) ", " ", words(sentence)) for sentence in re.split(r"[.!\n]", text)]
@@ -413,7 +413,8 @@ def words(text: str) -> str:
 
 def mentioned(text: str, choices: tuple[str, ...]) -> list[str]:
     """The options whose text stands in a text, but those that are a part of another."""
-    found = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in words(text)]
+    prose = words(text)
+    found = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in prose]
     return [choice for choice in found if not any(words(choice) in words(other) for other in found if other != choice)]
 
 
@@ -489,12 +490,12 @@ def sides(answer: str) -> list[str]:
 def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     """The option that an answer names: by letter, by the option's text or value, or by a letter and then that text."""
     index = option_index(answer, choices)
+    if index is not None:
+        return index
     answer = re.sub(r"(?i)^(?:option|choice|选项) ?", "", plain(answer))
     lettered = re.fullmatch(r"[(\[]?([A-Z]|[a-z](?=[).:]))(?=\W)([)\].:,]+ ?| [-=] | ?)(\S.*)", answer)
-    if index is None and not lettered:
+    if not lettered:
         return next((option_index(choice, choices) for choice in only_option(answer, choices)), None)
-    if index is not None or not lettered:
-        return index
     letter, mark, rest = lettered.groups()
     index = option_index(letter, choices)
     set_off = (len(mark) > 1 or rest[0] == "(") and not LISTED.search(rest)
@@ -514,15 +515,15 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
 
 def option_index(text: str, choices: tuple[str, ...]) -> int | None:
     """Which option a text names, by its letter alone, `(B)`, `B.` or `B**`, or by its whole text or value."""
-    letters = ascii_uppercase[:len(choices)] or LETTERS
+    offered = ascii_uppercase[:len(choices)] or LETTERS
     letter = re.fullmatch(r"(?:(?i:option|choice|letter|选项) *)?[(\[{<\s]*([A-Za-z])[)\]}>.:;,!\s]*", plain(text))
-    if letter and letter[1] in letters:
-        return letters.index(letter[1])
+    if letter and letter[1] in offered:
+        return offered.index(letter[1])
     for same in (same_text, same_option):
         found = [i for i, choice in enumerate(choices) if same(text, choice)]
         if len(found) == 1 or found and same is same_text:
             return found[0]
-    return letters.index(letter[1].upper()) if letter and letter[1].upper() in letters else None
+    return offered.index(letter[1].upper()) if letter and letter[1].upper() in offered else None
 
 
 def same_option(answer: str, option: str) -> bool:
@@ -550,6 +551,7 @@ SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ 
     """.split("|")) for macro in macros}  # LaTeX's names -> the sign that stands for them here
 SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr rm bf therefore".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
+AS_LATEX = str.maketrans({sign: rf"\{macro} " for macro, sign in reversed(SIGNS.items()) if len(sign) == 1})
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
 UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
     (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))]
@@ -879,10 +881,8 @@ def latex(formula: str) -> str:
     formula = re.sub(r"(?<=\d)e([+-]?\d+)", r" \\times 10^{\1}", formula)
     formula = re.sub(r"(\d+)(?: (\d+)/(\d+)| *\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\2\4}{\3\5})", formula)  # 2 1/3
     formula = re.sub(r"(\d+)/(\d+) (?=[A-Za-zπ√])", r"\\frac{\1}{\2}", formula)
-    formula = re.sub(rf"(?<!\\)({FUNCTION})", r"\\\1 ", formula).replace("°", r"\frac{\pi}{180}")
-    for macro, sign in SIGNS.items():
-        if len(sign) == 1:  # (its first name replaces it)
-            formula = formula.replace(sign, rf"\{macro} ")
+    formula = re.sub(rf"(?<!\\)({FUNCTION})", r"\\\1 ", formula)
+    formula = formula.replace("°", r"\frac{\pi}{180}").translate(AS_LATEX)
     formula = re.sub(r"^\{(.*)\}$", r"\\{\1\\}", formula).replace(r"\sqrt ", r"\sqrt").replace("*", r" \cdot ")
     return " ".join(formula.split())
 
