@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple, TypeVar
@@ -45,7 +46,7 @@ from PIL import Image, ImageFilter, ImageOps
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
-from rewards import gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
+from rewards import chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
 
 T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
@@ -83,10 +84,10 @@ class Record:
         """Settle golds and answer type. ValueError naming the record for a gold that no rule can read."""
         try:
             answer, choices, kind = read_gold(self.answer, self.choices, self.answer_type)
-            if self.difficulty is not None and not 0 <= self.difficulty <= 1:
-                raise ValueError(f"its difficulty is {self.difficulty}; it is 1 - pass rate, from 0 to 1")
-            if self.precision is not None and not 0 <= self.precision <= 15:
-                raise ValueError(f"its precision is {self.precision}; it is the decimals to compare, from 0 to 15")
+            for name, (high, what) in MEASURES.items():
+                value = getattr(self, name)
+                if value is not None and not 0 <= value <= high:
+                    raise ValueError(f"its {name} is {value}; it is {what}, from 0 to {high:g}")
         except ValueError as error:
             raise ValueError(f"record {self.id}: {error}") from None
         vars(self).update(answer=answer, choices=choices, answer_type=kind, images=tuple(self.images))  # (it is frozen)
@@ -115,6 +116,10 @@ class Record:
     def golds(self) -> tuple[str, ...]:
         """All accepted answers."""
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
+
+
+MEASURES = {"precision": (15, "the decimals to compare"), "difficulty": (1, "1 - pass rate"),
+            "complexity": (1e9, "a mean length in tokens"), "stage": (8, "a rung of the ladder")}
 
 
 # --- what the model is fed --------------------------------------------------------------------------------------------
@@ -323,36 +328,49 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
 # --- files and folders ------------------------------------------------------------------------------------------------
 
 # Format of a row: the key that tells it, looked for in this order -> who writes such rows.
-FORMATS = {"message": "lmm-r1", "conversations": "LLaVA, VLM-R1", "reward_model": "verl", "prompt": "TRL",
-           "problem": "EasyR1, multimodal-open-r1", "question": "ours, the fields of Record"}
+FORMATS = {"message": "lmm-r1", "messages": "ms-swift, LLaMA-Factory", "conversations": "LLaVA, VLM-R1",
+           "reward_model": "verl", "prompt": "TRL", "problem": "EasyR1, multimodal-open-r1",
+           "question": "ours, the fields of Record", "query": "older ms-swift"}
 FIELDS = [each.name for each in dataclasses.fields(Record)]
 OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to our own, for EasyR1 and TRL
 REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "settings.json", "dropped.json", "config.json"}
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+SPLITS = {"train", "test", "testmini", "val", "valid", "validation", "dev", "eval"}  # as files are called
 BATCH = 64  # rows in memory at once, and in a row group when written: with pictures far below Arrow's limit of 2 GiB
 Table = tuple[str, tuple[Path, ...], Iterator]  # name of a file or hub id, where its pictures may lie, numbered rows
-Convert = Callable[[dict], dict | Dropped]  # of a row -> fields of Record, with pictures as they stand in the row
+Convert = Callable[[dict], dict | Dropped]  # of a row -> fields of Record, values and pictures as they stand in the row
 
 
-def read_any(path_or_id: str) -> Iterator[Record | Dropped]:
-    """Every record of a file, folder or hub id in any of FORMATS, one at a time."""
-    return read_tables(find_tables(path_or_id), any_fields)
+def read_any(path_or_id: str, images: str | None = None) -> Iterator[Record | Dropped]:
+    """Every record of a file, folder or hub id in any of FORMATS, one at a time; images: where its pictures lie, if not
+    beside it. What was taken off or set aside is said at the end."""
+    said = Counter[str]()
+    try:
+        yield from read_tables(find_tables(path_or_id, images=images), partial(any_fields, said=said))
+    finally:
+        for what, count in () if QUIET else (+said).most_common(5):
+            tqdm.write(f"{path_or_id}: of {count} records {what}", file=sys.stderr)
 
 
 def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> Iterator[Record | Dropped]:
-    """Rows -> records, one at a time. ValueError naming the file for one that cannot be read."""
-    seen: set[str] = set()
+    """Rows -> records, one at a time. Equal ids of two files are told apart by their files, but in a published source.
+    ValueError naming the file for one that cannot be read."""
+    seen: dict[str, str] = {}  # id -> its file
     for name, folders, rows in tables:
-        unit = "line" if name.endswith(".jsonl") else "record"
+        unit = "line" if name.endswith((".jsonl", ".csv", ".tsv")) else "record"
         try:
             for number, row in rows:
                 made = make_record(row, convert, folders, f"{source or Path(name).stem}-{number}", source)
+                if isinstance(made, Record) and seen.get(made.id, name) != name and not source:
+                    made = dataclasses.replace(made, id=told_apart(made.id, name))
                 if isinstance(made, Record) and made.id in seen:
                     told = f"the id {made.id!r} is taken; give every record an id of its own"
                     made = Dropped(made.id, "repeated id", told, made.images)
                 if isinstance(made, Dropped):
                     made = made._replace(detail=f"{name}, {unit} {number}: {made.detail}")
                 else:
-                    seen.add(made.id)
+                    seen[made.id] = name
                 yield made
         except Exception as error:  # of the whole file; `datasets` and Arrow have a dozen classes
             cause = error.__cause__ or error  # (`datasets` wraps what Arrow and the system say)
@@ -362,24 +380,46 @@ def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> 
             raise ValueError(f"{name}: cannot be read: {cause}; {remedy}") from error
 
 
+def told_apart(record_id: str, path: str) -> str:
+    """The id of a record, when a file read before has it too."""
+    return f"{Path(path).parent.name}/{Path(path).stem}/{record_id}"
+
+
 def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Record | Dropped:
-    """One row -> its record, or why it cannot be used; the caller adds where it stands."""
+    """One row -> its record, or why it cannot be used; the caller adds where it stands. Here every value gets its type,
+    in rows of all formats and sources."""
     record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
     try:
         fields = convert(parsed(row))
         if isinstance(fields, Dropped):
             return fields._replace(id=made_id)
-        own_id, meta = str(fields.pop("id", "")), fields.get("meta", {})
-        if own_id:
-            record_id = f"{source}-{own_id}" if source else own_id
+        own_id = fields.pop("id", "")
+        if own_id != "":
+            record_id = f"{source}-{text_of(own_id, 'id')}" if source else text_of(own_id, "id")
+        meta = read_meta(fields.pop("meta", {}))
         reason = "picture unreadable"
-        images = _pictures(fields.pop("images", None), folders)
+        images = read_pictures(fields.pop("images", None), folders)
         reason = "no question"
-        if not isinstance(fields.get("question"), str) or not fields["question"].strip():
-            raise ValueError("its question is empty")
-        gold = fields.get("answer")
-        reason = "null gold" if gold is None or not str(gold).strip(" []()") else "unverifiable"
-        record = Record(id=record_id, images=images, **{"source": source} | fields)
+        question = fields.pop("question", None)
+        if isinstance(question, (int, float)):
+            raise ValueError(f"its question is {question}; write a text")
+        question = text_of(question, "question")
+        reason = "malformed row"
+        fields = {"source": source} | fields | {"choices": read_choices(fields.get("choices", ()))}
+        fields |= {name: read_number(fields[name], name, kind) for name, kind in NUMBERS.items() if name in fields}
+        fields |= {name: str(text_of(fields[name], name)) for name in ("source", "answer_type") if fields.get(name)}
+        gold, several = fields.pop("answer", None), fields.pop("answers", None)
+        given = gold if several is None else several
+        reason = "null gold" if given is None or str(given).strip(" []()'\"") in NOTHING else "unverifiable"
+        kind = ""
+        if isinstance(several, list) and len(several) > 1:
+            gold = tuple(read_answer(item)[0] for item in several)
+        elif several is None or isinstance(several, list) and several:
+            gold, kind = read_answer(gold if several is None else several[0])
+        else:
+            raise ValueError(f"its answers are {str(several)[:80]!r}; write a list, of which any is right")
+        fields["answer_type"] = fields.get("answer_type") or kind
+        record = Record(record_id, question, gold, images, meta=meta, **fields)
         reason = "malformed row"  # a lone surrogate, half of a cut emoji, would fail much later, and so would dates
         json.dumps([record.id, record.source, record.text, record.golds, record.meta], ensure_ascii=False).encode()
         reason = "picture marks"
@@ -394,41 +434,210 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
 
 
 def parsed(row) -> dict:
-    """A row, or a line of JSON -> its keys and values; a null is a key left out."""
+    """A row, or a line of JSON -> its keys and values; a null is a key left out. Raises what is wrong with it."""
     row = json.loads(row) if isinstance(row, bytes) else row
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with keys, not a {type(row).__name__}")
     return {key: value for key, value in row.items() if value is not None}
 
 
-def find_tables(path_or_id: str, split: str = "") -> Iterator[Table]:
+# --- values: what a field may be --------------------------------------------------------------------------------------
+
+NUMBERS = {"precision": int, "difficulty": float, "complexity": float, "stage": int}
+NOTHING = ("", "nan", "NaN")  # what a table's empty cell becomes on its way through pandas
+PICTURE_PARTS = ("bytes", "path", "url", "image", "image_url", "filename", "file_name", "base64", "data")  # of an object
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
+
+
+def text_of(value, name: str) -> str:
+    """A text, or a number's digits. ValueError naming the field for nothing, and for what is neither."""
+    if isinstance(value, float) and math.isfinite(value):
+        value = f"{value:.15g}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        raise ValueError(f"it has no {name}")
+    if str(value).strip() in NOTHING:
+        raise ValueError(f"its {name} is empty: {value!r}")
+    if not isinstance(value, str):
+        raise ValueError(f"its {name} is {str(value)[:80]!r}, a {type(value).__name__}; write a text or a number")
+    return value
+
+
+def read_number(value, name: str, kind: type) -> float:
+    """A number, or its digits: 2.0, as pandas writes an int beside a null, is 2."""
+    try:
+        number = kind(given := value if type(value) in (int, float) else float(text_of(value, name)))
+    except (OverflowError, ValueError):
+        given, number = 0, None
+    if number != given or abs(given) >= 2**63:
+        raise ValueError(f"its {name} is {value!r}, where a number of type {kind.__name__} is needed")
+    return number
+
+
+def read_answer(answer) -> tuple[str | tuple[str, ...], str]:
+    """A gold as data has it -> the gold, or all of which any is right, and its answer type where the list tells.
+
+    A list of numbers is one answer, such as a box; one of letters a multi-select; of other texts any is right.
+    """
+    if not isinstance(answer, (list, tuple)):
+        return text_of(answer, "answer"), ""
+    texts = tuple(text_of(item, "answer") for item in answer)
+    if len(texts) > 1 and all(re.fullmatch("[A-Z]", text) for text in texts):
+        return ", ".join(texts), "choice"
+    if len({parse_number(text) for text in texts} - {None}) == len(texts) > 1:  # (0.5 and 1/2 are one number)
+        return f"[{', '.join(texts)}]", "list"
+    return texts if len(texts) > 1 else texts[0], ""
+
+
+def read_choices(value) -> tuple[str, ...]:
+    """The texts of the options, in order, of the shapes that data has them in: a list; an object of letters, or of
+    `text` and `label`; a list of objects; any of these, or lettered options, in one text. Empty last ones are dropped.
+    """
+    if isinstance(value, str):
+        value = literal(value) if value.strip()[:1] in ("[", "{") else split_options(value)[1] or [value]
+    if isinstance(value, dict) and value.keys() >= {"label", "text"}:
+        labels, texts = list(value["label"]), list(value["text"])
+    elif isinstance(value, dict):
+        labels, texts = list(value), list(value.values())
+    else:
+        items = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
+        pairs = bool(items) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items)
+        if pairs and not re.fullmatch(r"\(?[A-Z][).:]?", str(items[0][0])):  # ({"text": .., "label": ..})
+            items = [item[::-1] for item in items]
+        labels = [item[0] for item in items] if pairs else list(ascii_uppercase)
+        texts = [item[1] for item in items] if pairs else items
+    while texts and (texts[-1] is None or str(texts[-1]).strip() in NOTHING):
+        texts.pop()
+    letters = [str(label).strip("(). :").upper() for label in labels[:len(texts)]]
+    if letters != list(ascii_uppercase[:len(texts)]):
+        raise ValueError(f"its choices are called {', '.join(map(repr, labels))}; call them A, B, C, ..., or write a list")
+    texts = [text_of(text, f"choice {letter}") for letter, text in zip(letters, texts)]
+    own = [re.match(rf"\s*\(?{letter}[).:：．]\s*(?=\S)", text) for letter, text in zip(letters, texts)]
+    return tuple(text[mark.end():] if mark and all(own) else text for mark, text in zip(own, texts))
+
+
+def literal(text: str):
+    """A list or an object that a table keeps as its text, in JSON's or in Python's way."""
+    if re.search(r"""['"]\s+['"]""", text):
+        raise ValueError(f"{text[:80]!r} lacks commas (a list of numpy's); write a list")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
+def read_meta(value) -> dict:
+    """`meta`, an object or its JSON; its keys that we give a meaning are checked: a run would fail on them much later."""
+    meta = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(meta, dict):
+        raise ValueError(f"its meta is {str(meta)[:80]!r}; write an object")
+    facts, rollouts = meta.get("facts") or [], meta.get("rollouts", [{}])
+    if not isinstance(facts, list) or not all(isinstance(fact, str) and fact.strip() for fact in facts):
+        raise ValueError(f"its meta.facts are {str(facts)[:80]!r}; write a list of texts such as 'red 3', or rename the key")
+    told = {"answer": (str, type(None)), "accuracy": (int, float), "tokens": (int, float)}
+    good = isinstance(rollouts, list) and rollouts and all(
+        isinstance(rollout, dict) and all(isinstance(rollout.get(key), kind) for key, kind in told.items())
+        for rollout in rollouts)
+    if "rollouts" in meta and not good:
+        raise ValueError("its meta.rollouts are not as curriculum.py writes them: answer, accuracy and tokens of each; "
+                         "rename the key")
+    return dict(meta)
+
+
+def read_pictures(value, folders: tuple[Path, ...]) -> tuple:
+    """One or many pictures as data has them -> Pictures, bytes, and absolute paths inside one of `folders`.
+
+    Raises ValueError naming each one that is none: what is named is seen, or the model would train blind.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        value = listed(value)
+    many = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
+    return tuple(read_picture(item, folders) for item in many)
+
+
+def read_picture(value, folders: tuple[Path, ...]) -> bytes | str | Picture:
+    """{bytes, path}, a path, a file: or data: URL, base64, bytes, a Picture -> one of bytes, path, Picture."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in PICTURE_PARTS if value.get(key)), None) or value
+    if isinstance(value, dict) and value.get("url"):  # ({"image_url": {"url": ..}})
+        value = value["url"]
+    if not isinstance(value, (bytes, str, Picture)) or not value:
+        raise ValueError(f"its picture is {str(value)[:80]!r}; write a path, or {{'bytes': ..}}, or leave the key out")
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("data:", *BASE64)):
+        return base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True)
+    if value.startswith(("http://", "https://")):
+        raise ValueError(f"its picture {value} is on the web; download it to a place beside the file")
+    value = value.removeprefix("file://")
+    tried = [folder / (value + suffix) for suffix in ("", ".jpg", ".png") for folder in folders]  # (SceMQA has none)
+    path = os.path.realpath(next(filter(Path.is_file, tried), tried[0]))  # follows symbolic links
+    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
+        raise ValueError(f"its picture {value} is outside {folders[0]}; name its folder with `data.py any --images`, or "
+                         "move the pictures beside the file")  # data from others must not open our other files
+    return path
+
+
+# --- where rows come from ---------------------------------------------------------------------------------------------
+
+def find_tables(path_or_id: str, split: str = "", images: str | None = None) -> Iterator[Table]:
     """The files, or the hub data set. split: of a published one, whose rows are numbered through all its files."""
+    place, _, asked = path_or_id.rpartition("@")
+    if not Path(path_or_id).exists() and place and Path(place).is_dir():
+        path_or_id, split = place, asked
     path, numbers = Path(path_or_id), itertools.count(1)
     if not path.exists():
         yield hub_table(path_or_id, split)
         return
-    for file in find_files(path, split) if path.is_dir() else [path]:
-        rows = file_rows(file)
+    extra = [Path(images)] if images else []
+    if extra and not extra[0].is_dir():
+        raise ValueError(f"--images {images}: no such folder")
+    saved = path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    for file in [path] if saved or path.is_file() else find_files(path, split, strict=split == asked):
+        rows = saved_rows(path, split) if saved else file_rows(file)
         if split:
             rows = ((number, row) for (_, row), number in zip(rows, numbers))
-        folders = (file.parent, file.parent / "images", file.parent / "data_images", path)
+        folders = (*extra, file.parent, file.parent / "images", file.parent / "data_images", path)
         yield str(file), tuple(filter(Path.is_dir, folders)), rows
 
 
-def find_files(folder: Path, split: str) -> list[Path]:
-    """The data in a folder: its ladder, else all its files; of a published set those of its split, however deep."""
+def find_files(folder: Path, split: str, strict: bool = False) -> list[Path]:
+    """The data in a folder: its ladder, else all its files, which must be of one split; with a split the files of that,
+    however deep. strict: a lone file of another name will not do."""
     files = [file for file in sorted(folder.rglob("*") if split else folder.iterdir())
-             if file.suffix in (".parquet", ".jsonl", ".json") and not file.name.endswith(REPORTS)]
+             if file.suffix in SUFFIXES and not file.name.endswith(REPORTS) and file.name not in NO_DATA
+             and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)]
     if not files:
-        raise ValueError(f"{folder}: no .parquet, .jsonl or .json in this folder; give the one that holds them")
+        inner = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in SUFFIXES})
+        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} in this folder; give the one that holds them"
+                         + f" ({', '.join(inner)}?)" * bool(inner))
     if not split:
-        return [file for file in files if file.name == "ladder.parquet"] or files
-    of_split = [file for file in files if re.fullmatch(rf"({split})(-\d+-of-.*)?", file.stem)]  # testmini is not test
+        files = [file for file in files if file.name == "ladder.parquet"] or files
+        found = {part for file in files for part in SPLITS & set(re.split(r"[\W_]+", file.stem))}
+        if len(found) > 1:  # (a test split that is trained on)
+            raise ValueError(f"{folder} holds the splits {', '.join(sorted(found))}; give one, as in {folder}@train, or "
+                             "one of its files")
+        return files
+    of_split = [file for file in files if re.fullmatch(rf"({split})([-_]\d+-of-.*)?", file.stem)  # testmini is not test
+                or file.parent != folder and file.parent.name == split]
     chosen = [file for file in of_split or files if file.suffix == ".parquet"] or of_split or files
-    if not of_split and len(chosen) > 1:  # a lone file has any name
+    if not of_split and (strict or len(chosen) > 1):  # a lone file has any name
         names = ", ".join(file.name for file in files[:10])
         raise ValueError(f"{folder}: none of its files is of the split {split}: {names}; give the one that is")
     return chosen
+
+
+def saved_rows(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
+    """Rows of a folder that `save_to_disk` of `datasets` wrote."""
+    table = datasets.load_from_disk(str(folder))
+    if isinstance(table, dict):
+        if split not in table:
+            raise ValueError(f"it holds the splits {', '.join(table)}; give one, as in {folder}@{next(iter(table))}")
+        table = table[split]
+    return enumerate(table_rows(table, str(folder)), 1)
 
 
 def hub_table(hub_id: str, split: str) -> Table:
@@ -450,30 +659,103 @@ def hub_table(hub_id: str, split: str) -> Table:
 
 def file_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Numbered rows of one file. Lines of JSON stay bytes: a broken one is then a bad record, not a bad file."""
-    readers = {".json": json_rows, ".parquet": parquet_rows, ".tsv": tsv_rows}
     if not file.stat().st_size:
         raise ValueError("the file is empty")
-    if file.suffix == ".jsonl":
-        with open(file, "rb") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    elif file.suffix in readers:
-        yield from enumerate(readers[file.suffix](file), 1)
+    if file.suffix in (".json", ".jsonl"):
+        yield from json_rows(file)
+    elif file.suffix in (".csv", ".tsv"):
+        yield from cell_rows(file)
+    elif file.suffix == ".parquet":
+        yield from enumerate(parquet_rows(file), 1)
     else:
-        raise ValueError("it is not .jsonl, .json, .parquet or .tsv")
+        raise ValueError(AS_TABLE.format(file) if file.suffix in (".xlsx", ".xls") else f"it is not {', '.join(SUFFIXES)}")
 
 
-def json_rows(file: Path) -> Iterator:
-    """A list of rows, or SceMQA's object of such lists by subject, whose rows then have their subject and number."""
-    found = json.loads(file.read_bytes())
-    scemqa = isinstance(found, dict) and file.stem in ("multiple_choice", "free_response")
-    groups = found if scemqa else {"": found}
-    if not all(isinstance(group, list) for group in groups.values()):
-        raise ValueError("it holds one object, where a list of rows is needed")
-    if not any(groups.values()):
+AS_TABLE = ("a spreadsheet; make a table of it: python -c \"import pandas; pandas.read_excel('{0}').to_csv('{0}.tsv', "
+            "sep='\\t', index=False)\"")
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Lines of JSON; or a list of rows; or an object of rows by id, or with one list; or SceMQA's object of such lists
+    by subject, whose rows then have their subject and number. Told by what stands there: many lines are called .json.
+    """
+    with open(file, "rb") as lines:
+        listed = next((line for line in lines if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t")[:1] == b"["
+    if file.suffix == ".json" or listed:
+        try:
+            yield from enumerate(json_list(json.loads(file.read_bytes()), file.stem), 1)
+            return
+        except json.JSONDecodeError as error:
+            if listed or error.msg != "Extra data":
+                raise
+    with open(file, "rb") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def json_list(found, name: str) -> list:
+    groups = list(found.items()) if isinstance(found, dict) else [("", found)]
+    if isinstance(found, dict) and groups and all(isinstance(row, dict) for row in found.values()):
+        return [{"id": key} | row for key, row in groups]
+    lists = [(subject, group) for subject, group in groups if isinstance(group, list)]
+    scemqa = isinstance(found, dict) and name in ("multiple_choice", "free_response") and len(lists) == len(groups)
+    if not scemqa and len(lists) != 1:
+        raise ValueError("it holds one object, where a list of rows is needed, or rows by id")
+    if not any(group for _, group in lists):
         raise ValueError("it holds no records")
-    for subject, group in groups.items():
-        for number, row in enumerate(group, 1):
-            yield row | {"subject": subject, "number": number} if scemqa and isinstance(row, dict) else row
+    return [row | {"subject": subject, "number": number} if scemqa and isinstance(row, dict) else row
+            for subject, group in lists for number, row in enumerate(group, 1)]
+
+
+def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
+    """A table, read strictly -> line, and the cells that hold something, of each row; or what is wrong with the row.
+
+    Raises ValueError for a table without the needed columns, and, naming the line, where a quote is not closed at the
+    end of a cell: it may have swallowed all after it.
+    """
+    csv.field_size_limit(2**31 - 1)  # pictures are longer than csv's 128 KiB
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        head = lines.readline()
+        lines.seek(0)
+        mark = "\t" if file.suffix == ".tsv" else max(",;", key=head.count)  # (; : spreadsheets of half of Europe)
+        table, names, line = csv.reader(lines, delimiter=mark, strict=True), [""], 0
+        try:
+            names = next(table, names)
+            if missing := set(needed) - set(names):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            line = table.line_num
+            for cells in table:
+                if cells and len(cells) != len(names):
+                    yield line + 1, ValueError(f"it has {len(cells)} cells, the header {len(names)}; mend the row, or a "
+                                               "quote before it")
+                elif cells:
+                    yield line + 1, {name: cell for name, cell in zip(names, cells) if name and cell}
+                line = table.line_num
+        except csv.Error as error:
+            raise ValueError(f"line {line + 1}: a quote is not closed at the end of its cell ({error}); write two for "
+                             "one that is part of a text") from error
+
+
+def cell_rows(file: Path) -> Iterator[tuple[int, dict | ValueError]]:
+    """Rows of a table: options in columns A, B, ..., a hint before its question. VLMEvalKit's have an `index` and the
+    picture in base64, or the index of an earlier row that holds it."""
+    pictures: dict[str, str] = {}
+    for line, row in read_cells(file):
+        if isinstance(row, dict):
+            options = [row.pop(letter, "") for letter in ascii_uppercase]
+            row |= {"choices": options} if any(options) else {}
+            row |= {"question": f"Hint: {row.pop('hint')}\n{row.get('question', '')}"} if "hint" in row else {}
+            if index := row.pop("index", ""):
+                row |= {"id": index} | ({"own_id": row["id"]} if "id" in row else {})
+                if image := row.get("image"):
+                    pictures[index] = pictures.get(image, image)
+                    row["image"] = ["data:;base64," + code for code in listed(pictures[index])]
+        yield line, row
+
+
+def listed(cell: str) -> list[str]:
+    """`[a, b]` or `['a', 'b']` or `a` -> a, b."""
+    items = cell[1:-1].split(",") if cell.startswith("[") else [cell]
+    return [item.strip(" '\"") for item in items if item]
 
 
 def parquet_rows(file: Path) -> Iterator[dict]:
@@ -520,102 +802,85 @@ def table_rows(table: datasets.Dataset, name: str) -> Iterator[dict]:
         yield {column: lazy(value, number, column) for column, value in row.items()}
 
 
-def tsv_rows(file: Path) -> Iterator[dict]:
-    """VLMEvalKit's table: index, image (base64), question, A, B, ..., answer, and more -> rows of our own format."""
-    def listed(cell: str) -> list[str]:
-        items = cell[1:-1].split(",") if cell.startswith("[") else [cell]
-        return [item.strip(" '\"") for item in items if item]
-
-    csv.field_size_limit(2**31 - 1)  # pictures are longer than csv's 128 KiB
-    pictures: dict[str, str] = {}
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        table = csv.DictReader(lines, delimiter="\t")
-        if missing := {"index", "question", "answer"} - set(table.fieldnames or ()):
-            raise ValueError(f"it has no column {', '.join(sorted(missing))}, which VLMEvalKit's tables have")
-        for cells in table:
-            row = {name: cell for name, cell in cells.items() if name and cell}
-            index, image = row.pop("index", ""), row.pop("image", "")
-            image = pictures[index] = pictures.get(image, image)  # the index of an earlier row stands for its picture
-            images = ["data:;base64," + code for code in listed(image)] or listed(row.pop("image_path", ""))
-            question, hint = row.pop("question", ""), row.pop("hint", "")
-            options = [row.pop(letter, "") for letter in ascii_uppercase]
-            while options and not options[-1]:
-                options.pop()
-            yield {"id": index, "question": f"Hint: {hint}\n{question}" if hint else question, "images": images,
-                   "choices": options, "answer": row.pop("answer", ""), "meta": row}
-
-
 # --- formats of others ------------------------------------------------------------------------------------------------
 
-def any_fields(row: dict) -> dict:
-    """A row of any of FORMATS -> fields of Record, pictures as they stand in the row."""
-    kind = next((key for key in FORMATS if key in row), None)
-    if {"question", "answer_type"} <= row.keys():  # ours, beside the columns for others
-        row = {key: value for key, value in row.items() if key not in OTHERS_COLUMNS}
-        kind = "question"
+PICTURES = """images image image_path image_paths image_file image_files image_url image_urls img imgs img_path file_name
+picture pictures decoded_image""".split()  # under which of these names a row's pictures stand, looked for in this order
+LOOKS = re.compile(r"(?i)(?:\w+_)?(?:image|img|picture|photo|figure|screenshot|video)s?(?:_?(?:path|file|name|url|base64|b64|"
+                   r"bytes|list|\d+))*")  # the name of a picture
+PICTURE_NAME = re.compile(r"(?i)data:image/.*|[^\n]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|heic|avif|mp4)")
+INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\breasoning\ process|internal\ monologue|step[ -]by[ -]step
+                         |\boption(?:'s)?\ letter|letter\ (?:from|of)\ the|single\ word\ or\ phrase""")  # of a trainer
+NEEDED = re.compile(r"(?i)\d|round|decimal|unit|degree|nearest|<image>")  # what a question loses with its sentence
+
+
+def any_fields(row: dict, said: Counter) -> dict:
+    """A row of any of FORMATS -> fields of Record, values and pictures as they stand in the row. said: what was taken
+    off or set aside, and of how many rows."""
+    ours = {"question", "answer_type"} <= row.keys()  # beside the columns for others
+    left = {key: value for key, value in row.items() if not (ours and key in OTHERS_COLUMNS)}  # what is read is taken out
+    kind = "question" if ours else next((key for key in FORMATS if key in row), None)
     if kind is None:
         known = ", ".join(f"`{key}` ({writer})" for key, writer in FORMATS.items())
         raise ValueError(f"the keys {', '.join(map(repr, row))} are of no known format; each has its own key: {known}")
     try:
-        fields = _own_fields(row) if kind == "question" else _foreign_fields(row, kind)
+        question, shown, reply = _asked(left, kind)
+        fields = {"id": left.pop("id", ""), "images": shown or _pictures(left), "meta": {},
+                  "source": left.pop("data_source", left.pop("source", ""))}
+        if kind == "question":
+            fields |= {name: left.pop(name) for name in ("answer_type", "meta", *NUMBERS) if name in left}
+        golds = [name for name in ("answers", "answer", "solution", "ground_truth") if left.get(name, []) != []]
+        gold = left.pop(golds[0], None) if reply is None and golds else reply
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
-    images = fields.get("images") or row.get("images") or row.get("image")
-    return fields | {"id": row.get("id", ""), "images": images}
+    several = reply is None and golds[:1] == ["answers"]
+    if several and left.get("answer", gold[0]) not in gold:
+        raise ValueError(f"its answer {left['answer']!r} is none of its answers {gold}, of which any is right; rename one")
+    if several:
+        left.pop("answer", None)
+    choices = left.pop("choices", left.pop("options", ()))
+    if not ours:
+        gold = _final_answer(gold)
+        question, taken = without_instruction(question)
+        said[f"the instruction of another trainer was taken off, such as ...{taken[-70:]!r}"] += bool(taken)
+        question, choices = lift_options(question, gold, choices, kind == "question")
+        if not choices and not fields.get("answer_type") and isinstance(gold, str) and len(gold.split()) > 8 \
+                and infer_answer_type((gold,), ()) == "text":
+            raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
+    rest = {key: value for key, value in left.items() if is_json(value)}
+    said[f"keys that the model is not shown went into meta: {', '.join(rest)}"] += bool(rest)
+    said[f"keys of no text were left out: {', '.join(left.keys() - rest.keys())}"] += len(left) > len(rest)
+    return fields | {"question": question, "choices": choices, "answers" if several else "answer": gold,
+                     "meta": rest | read_meta(fields["meta"])}
 
 
-def _own_fields(row: dict) -> dict:
-    """A row of our own format -> fields of Record but its id; pictures as they stand in the row."""
-    if unknown := row.keys() - {*FIELDS, "image", "answers"}:  # a dropped `options` would leave a question without
-        raise ValueError(f"{', '.join(sorted(unknown))}: no fields of a record ({', '.join(FIELDS)}); rename them, or "
-                         "move them into `meta`")
-    if isinstance(row.get("choices"), str):
-        raise ValueError("its choices are one text; write a list of texts")
-    meta = row.get("meta", {})
-    fields = {name: row[name] for name in FIELDS[1:] if name in row}
-    fields |= {"source": str(row.get("source", "")), "answer": row.get("answers", row.get("answer")),
-               "meta": dict(json.loads(meta) if isinstance(meta, str) else meta)}
-    for name, kind in (("precision", int), ("difficulty", float), ("complexity", float), ("stage", int)):
-        if name in fields:
-            fields[name] = kind(value := fields[name])  # 2.0, as pandas writes an int beside a null, is 2
-            if fields[name] != value or abs(value) >= 2**63:
-                raise ValueError(f"its {name} is {value!r}, where a number of type {kind.__name__} is needed")
-    return fields
+def _asked(left: dict, kind: str) -> tuple[Any, list, Any]:
+    """What a row asks, taken out of it -> its text with `<image>` marks, the pictures that its chat holds, and the gold
+    where that stands with it: the reply of a conversation, verl's ground truth."""
+    asked, reply = left.pop(kind), None
+    if kind in ("problem", "question", "query"):
+        return asked, [], left.pop("response", None) if kind == "query" else None
+    if kind == "reward_model":
+        asked, reply = left.pop("prompt"), asked["ground_truth"]
+    turns = json.loads(asked) if kind == "message" and isinstance(asked, str) else asked
+    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) and kind != "conversations" else turns
+    said = [(ROLES.get(role := turn.get("role", turn.get("from")), role), turn.get("content", turn.get("value")))
+            for turn in turns]
+    said = [turn for turn in said if turn[0] != "system"]  # we set our own
+    if [role for role, _ in said] not in (["user"], ["user", "assistant"]):
+        raise ValueError(f"its conversation has {len(said)} turns; only one question and its answer can be used")
+    text, images = _parts(said[0][1])
+    if len(said) == 2 and not (kind == "messages" and left.keys() & {"answer", "solution"}):
+        reply = _parts(said[1][1])[0]
+    return text, images, reply
 
 
-def _foreign_fields(row: dict, kind: str) -> dict:
-    """A row of another project's format -> question, answer, source; images only when its chat holds them."""
-    images: list = []
-    gold = row.get("answer", row.get("solution"))
-    if kind == "conversations":
-        turns = [turn for turn in row[kind] if turn["from"] != "system"]
-        if [turn["from"] for turn in turns] != ["human", "gpt"]:
-            raise ValueError(f"its conversation has {len(turns)} turns; only one question and its answer can be used")
-        question, gold = turns[0]["value"], turns[1]["value"]
-    elif kind == "problem":
-        question = row.get(kind)
-    else:
-        question, images = _chat(json.loads(row[kind]) if kind == "message" else row["prompt"])
-        gold = row[kind]["ground_truth"] if kind == "reward_model" else gold
-    gold = _final_answer(gold)
-    offered = row.get("choices") or row.get("options")
-    if offered and re.fullmatch(r"\W*[A-Za-z]\W*", str(gold)) and not split_options(str(question))[1]:
-        raise ValueError(f"its answer is {gold!r}, and its options {str(offered)[:80]} do not stand in its text, where "
-                         f"{FORMATS[kind]} has them; write them there")
-    if isinstance(gold, str) and len(gold.split()) > 8 and infer_answer_type((gold,), ()) == "text":
-        raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
-    return {"question": question, "answer": gold, "images": images,
-            "source": str(row.get("data_source", row.get("source", "")))}
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def _chat(messages: list[dict] | str) -> tuple[str, list]:
-    """A chat of one user message -> its text with `<image>` marks, and the pictures that its parts hold, if any."""
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    turns = [turn for turn in turns if turn["role"] != "system"]  # we set our own
-    if [turn["role"] for turn in turns] != ["user"]:
-        raise ValueError(f"its chat has {len(turns)} messages; only one, of the user, can be used")
-    content, text = turns[0]["content"], ""
-    images: list = []
+def _parts(content: list[dict] | str) -> tuple[str, list]:
+    """A message's content -> its text with `<image>` marks, and the pictures that its parts hold, if any."""
+    text, images = "", []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         # After a passage through `datasets` every part has every key, null where unused: only `type` tells.
         if part["type"] == "text":
@@ -628,8 +893,63 @@ def _chat(messages: list[dict] | str) -> tuple[str, list]:
     return text, images
 
 
+def _pictures(left: dict):
+    """What a row has under one of PICTURES, or as image_1, image_2, ..., taken out of it. ValueError for what looks like
+    a picture under another name, and for two that may be one."""
+    if left.get("video") or left.get("videos"):
+        raise ValueError("it has a video; only pictures can be used")
+    for key in PICTURES:
+        if left.get(key, 0) in ("", []):  # a table's cell of a problem without a picture
+            left.pop(key)
+    named = [key for key in PICTURES if key in left]
+    numbered = [key for key in left if re.fullmatch(r"(?:image|img|picture)_?\d+", key)]
+    if named and numbered:
+        raise ValueError(f"it has pictures under {named[0]} and under {numbered[0]}; write all into one list, `images`")
+    if named:
+        return left.pop(named[0])
+    if numbered:
+        return [left.pop(key) for key in sorted(numbered, key=lambda key: int(re.sub(r"\D", "", key)))]
+    for key, value in left.items():
+        inner = value if isinstance(value, list) else [value]
+        looks = LOOKS.fullmatch(key) and isinstance(value, (str, dict, list)) and value
+        if looks or any(isinstance(item, Picture) or isinstance(item, str) and PICTURE_NAME.fullmatch(item)
+                        for item in inner):
+            raise ValueError(f"its {key} {str(value)[:80]!r} looks like a picture, and would not be seen; call it "
+                             "`images`, or take it out")
+    return None
+
+
+def without_instruction(question) -> tuple[Any, str]:
+    """A question without the sentences at its end that another trainer appended, and these; our prompts say their own.
+    A sentence that the question needs, for it names digits or units, stays."""
+    kept = question if isinstance(question, str) else ""
+    while (last := re.search(r"(?s)(?:.*(?:[.?!)]\s|\n))?(?=\S)(.+)$", kept.rstrip())) and INSTRUCTION.search(last[1]) \
+            and not NEEDED.search(last[1]) and last.start(1):
+        kept = kept[:last.start(1)].rstrip()
+    return (kept, question[len(kept):]) if kept else (question, "")
+
+
+def lift_options(question, gold, offered, own: bool) -> tuple[Any, Any]:
+    """A question whose options stand in its text -> its stem and they, where they hold the gold; else the question, and
+    the options beside it: of rows of others only when the gold is a letter, for they were not asked with them."""
+    golds = [str(item) for item in (gold if isinstance(gold, list) else [gold])]
+    stem, options = split_options(question) if isinstance(question, str) else (question, ())
+    held = options and all(chosen(item, options) for item in golds)
+    if held and not (own and offered and options != read_choices(offered)):
+        return stem, options
+    lettered = all(re.fullmatch(r"\W*[A-Za-z]\W*", item) for item in golds)
+    return question, offered if own or lettered else ()
+
+
+def is_json(value) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
+
+
 def _final_answer(solution):
-    """A solution, or a list of which any is right -> its last <answer>, else last \\boxed{}, else all of it."""
+    """A solution, or a list of them -> its last <answer>, else last \\boxed{}, else all of it."""
     if isinstance(solution, list):
         return [_final_answer(item) for item in solution]
     if not isinstance(solution, str):
@@ -639,28 +959,6 @@ def _final_answer(solution):
     if "\n" in text:  # a whole derivation: no response would ever equal it
         raise ValueError("its solution has neither <answer> nor \\boxed{}; add the final answer as `answer`")
     return text
-
-
-def _pictures(value, folders: tuple[Path, ...]) -> tuple:
-    """One or many of Picture | {bytes, path} | path | file: or data: URL | bytes -> Pictures, bytes, and absolute paths
-    inside one of `folders`."""
-    if isinstance(value, list):
-        return tuple(picture for item in value for picture in _pictures(item, folders))
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path") or value.get("url")
-    if not value or isinstance(value, (bytes, Picture)):
-        return (value,) if value else ()
-    if value.startswith("data:"):
-        return (base64.b64decode(value.partition(",")[2], validate=True),)
-    if value.startswith(("http://", "https://")):
-        raise ValueError(f"its picture {value} is on the web; download it to a place beside the file")
-    value = value.removeprefix("file://")
-    tried = [folder / (value + suffix) for suffix in ("", ".jpg", ".png") for folder in folders]  # (SceMQA has none)
-    path = os.path.realpath(next(filter(Path.is_file, tried), tried[0]))  # follows symbolic links
-    if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
-        raise ValueError(f"its picture {value} is outside {folders[0]}; move the pictures beside the file, "
-                         "or use a Parquet file that holds them")  # data from others must not open our other files
-    return (path,)
 
 
 # --- written ----------------------------------------------------------------------------------------------------------
@@ -725,22 +1023,32 @@ def _row(record: Record) -> dict:
 # --- converters -------------------------------------------------------------------------------------------------------
 # Each converter turns a published row (nulls left out) into fields of Record; all shapes and traps: tests/test_sources.
 
+MARK = r"(?<![\w°∠△\\])(?<!\w\()(?<!\b[A-Z]\.)([(\[]?)([A-J])([)\].:：．}])(?![A-Z]\.)"  # of an option; not of "D.C."
+
+
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """`How long? A. 45; B. 60 ;C: 75` -> what stands before the options, and the options; (text, ()) where they cannot
-    be told: no A and B, or nothing after a letter (they are in the picture)."""
+    be told: no A and B, one without a text of its own (in the picture), a letter left out, more text after the last."""
     best: list[re.Match] = []
-    for opening in (r"^[^\S\n]*", r"(?<![\w°∠△\\])(?<!\w\()"):  # line starts; where these give no three, anywhere
-        marks = list(re.finditer(rf"(?m){opening}[(\[]?([A-J])[)\].:：}}]", text))
-        for first, mark in enumerate(marks):
-            row = [mark] if mark[1] == "A" else []
-            for other in marks[first + 1:] if row else ():
-                row += [other] if other[1] == ascii_uppercase[len(row)] else []
-            best = row if len(row) >= max(2, len(best)) else best  # of equal ones the last: "A." may stand in the stem
+    for opening in (r"^[^\S\n]*", ""):  # line starts; where these give no three, anywhere
+        marks = list(re.finditer(f"(?m){opening}{MARK}", text))
+        for style in [*dict.fromkeys((mark[1], mark[3]) for mark in marks), None]:  # None: any, if that gives more
+            alike = [mark for mark in marks if style in (None, (mark[1], mark[3]))]
+            for first, mark in enumerate(alike):
+                row = [mark] if mark[2] == "A" else []
+                for other in alike[first + 1:] if row else ():
+                    row += [other] if other[2] == ascii_uppercase[len(row)] else []
+                # (of equal ones the last: "A." may stand in the stem)
+                best = row if len(row) >= max(2, len(best) + (style is None)) else best
         if len(best) > 2:
             break
     ends = [mark.start() for mark in best[1:]] + [len(text)]
     options = tuple(text[mark.end():end].strip(" \r\n\t;,；\x08") for mark, end in zip(best, ends))
-    return (text[:best[0].start()].rstrip(), options) if options and all(options) else (text, ())
+    if not options or not all(options) or "\n" in options[-1] and not any("\n" in option for option in options[:-1]):
+        return text, ()
+    if re.search(rf"[;；\n]\s*[(\[]?[{ascii_uppercase[len(options)]}-J][).:：．]\s*\S", options[-1]):
+        return text, ()
+    return re.sub(r"\s*\b(?:Options|Choices)\s*:\s*$", "", text[:best[0].start()]).rstrip(), options
 
 
 LETTER = re.compile(r"\s*\(?([A-J])\)?(?![\w'])(?!\s*(?:,|and|or|&)\s*\(?[A-J]\b)")  # "(D)  http..", but not "(A, D)"
@@ -752,7 +1060,6 @@ def _inline_choice(text: str, answer) -> dict:
     letter = LETTER.match(str(answer or ""))
     if letter and letter[1] not in ascii_uppercase[:len(choices)] and re.search(rf"\b{letter[1]}\b", text):
         stem, choices = text, ()  # (a gold E where there is no E anywhere is refused by Record)
-    stem = re.sub(r"\s*\b(?:Options|Choices)\s*:\s*$", "", stem)
     return {"question": stem.strip(), "choices": choices, "answer": letter[1] if letter else answer,
             "answer_type": "choice"}
 
@@ -781,7 +1088,7 @@ def _polymath(row: dict) -> dict:
     """The question is a screenshot. A digit range is offered as options 1 .. 4, so that a letter is right too: the
     authors turn letters into digits there."""
     golds = [gold.strip(" '\"") for gold in str(row.get("final_answer", "")).strip(" []").split(",")]
-    fields = {"id": row.get("id", ""), "images": row["image"], "answer": golds if len(golds) > 1 else golds[0],
+    fields = {"id": row.get("id", ""), "images": row["image"], "answers": golds,
               "answer_type": "choice", "meta": _meta(row, "category")}
     if str(row.get("final_answer_range", "")).replace(" ", "") in ("1-4", "1,2,3,4"):
         return fields | {"question": "Answer the question in the image.", "choices": list("1234")}
@@ -794,8 +1101,7 @@ def _scemqa(row: dict) -> dict:
     answer = row.get("Answer (final answer highlighted)", "")
     golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", answer)]  # (one \anser)
     free = row["subject"].endswith("Free_Response")
-    fields = ({"question": row["Question"].strip(), "answer": golds if len(golds) > 1 else golds[0] if golds else None}
-              if free else _inline_choice(row["Question"], answer))
+    fields = ({"question": row["Question"].strip(), "answers": golds} if free else _inline_choice(row["Question"], answer))
     return fields | {"id": f"{row['subject']}-{row['number']}", "images": row["ImagePath"],
                      "meta": {"subject": row["subject"].split("_")[0].lower(), "free_response": free}}
 
@@ -820,7 +1126,7 @@ def _mathvista(row: dict) -> dict:
         return fields | {"answer": ascii_uppercase[choices.index(gold)] if gold in choices else gold}
     kind = {"integer": "number", "float": "number", "list": "list"}.get(row["answer_type"], "")
     known = row["answer_type"] == "float" and not math.isnan(precision)
-    return fields | {"answer": gold, "answer_type": kind, "precision": int(precision) if known else None}
+    return fields | {"answer": gold, "answer_type": kind} | ({"precision": precision} if known else {})
 
 
 def _mathverse(row: dict) -> dict:
@@ -843,10 +1149,11 @@ def _mmmu(row: dict) -> dict:
     order = [f"image_{n}" for n in re.findall(r"<image (\d)>", "\n".join([row["question"], *choices]))]
     unnamed = [name for name in row if re.fullmatch(r"image_\d", name) and name not in order]
     gold = row.get("answer", "")
-    if not choices and gold.startswith("["):  # any of these is right
-        gold = ast.literal_eval(gold)
+    several = not choices and gold.startswith("[")  # any of these is right
     return {"id": row["id"], "question": "<image>" * len(unnamed) + given(row["question"]),
-            "choices": [given(choice) for choice in choices], "answer": gold, "precision": None if choices else 2,
+            "choices": [given(choice) for choice in choices],
+            **({"answers": ast.literal_eval(gold)} if several else {"answer": gold}),
+            **({} if choices else {"precision": 2}),
             "images": [row[name] for name in unnamed + order if name in row],
             "meta": _meta(row, "subfield", "topic_difficulty", "question_type")
             | {"subject": re.sub(r"^[a-z]+_|_\d+$", "", row["id"])}}
@@ -957,6 +1264,29 @@ BENCHMARKS = [name for name, published in DATASETS.items() if published.size]
 
 
 # --- one command: source in, usable records out -----------------------------------------------------------------------
+
+TINY = sys.float_info.min  # the lowest bound of what must be above 0
+
+
+def range_fault(value: float, low: float, high: float = math.inf) -> str:
+    """What is wrong with a number that must be finite and from low to high, both allowed; empty: nothing."""
+    if low <= value <= high and math.isfinite(value):  # (nan is neither)
+        return ""
+    bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+    return f"{value} is out of range; give a number {'above 0' if low == TINY else bounds}"
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """The `type` of an argparse option that takes an int or float within bounds."""
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if fault := range_fault(value, low, high):
+            raise argparse.ArgumentTypeError(fault)
+        return value
+    return parse
 
 def same_picture(a: Image.Image, b: Image.Image) -> bool:
     """Are these one picture but for its encoding and size? Both are brought to the smaller size and blurred a little.

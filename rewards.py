@@ -463,7 +463,8 @@ def _list(answer: str, gold: str, record: Problem) -> bool:
 
 
 def _choice(answer: str, gold: str, record: Problem) -> bool:
-    return named_option(answer, record.choices) == option_index(gold, record.choices)
+    wanted = chosen(gold, record.choices)
+    return (chosen(answer, record.choices) if len(wanted) > 1 else {named_option(answer, record.choices)}) == wanted
 
 
 RULES = {"choice": _choice, "number": _value, "list": _list, "text": _text, "math": _value}
@@ -524,6 +525,19 @@ def option_index(text: str, choices: tuple[str, ...]) -> int | None:
         if len(found) == 1 or found and same is same_text:
             return found[0]
     return offered.index(letter[1].upper()) if letter and letter[1].upper() in offered else None
+
+
+def chosen(text: str, choices: tuple[str, ...]) -> set[int]:
+    """The options that a gold names: one, see option_index, or those of a multi-select, `A, C` in any order; else none.
+    Letters that touch, `AC`, are several only where the options are known: they may be a line's name."""
+    index = option_index(text, choices)
+    if index is not None:
+        return {index}
+    offered = ascii_uppercase[:len(choices)] or LETTERS
+    named = re.sub(r"\band\b|[\s,;&()\[\]]+", " ", plain(text)).split()
+    named = list("".join(named)) if choices else named
+    several = len(named) > 1 and len(set(named)) == len(named) and all(len(letter) == 1 for letter in named)
+    return {offered.index(letter) for letter in named} if several and set(named) <= set(offered) else set()
 
 
 def same_option(answer: str, option: str) -> bool:
@@ -819,7 +833,7 @@ def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tup
 
 
 READS = {  # can a gold of this type be read?
-    "choice": lambda gold, options: option_index(gold, options) is not None,
+    "choice": lambda gold, options: bool(chosen(gold, options)),
     "number": lambda gold, _: parse_number(gold) is not None, "list": lambda gold, _: parse_items(gold) is not None,
     "text": lambda gold, _: normal_text(gold) != "", "math": lambda gold, _: True}
 UNREAD = {"choice": "names none of the options", "number": "is no number", "list": "is no list, tuple or ratio",
