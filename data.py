@@ -42,7 +42,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
@@ -158,13 +158,43 @@ def open_image(image, record_id: str) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ValueError(f"its pixels are of mode {image.mode}, whose range nobody knows; save it as 8 bits")
         if image.mode.startswith("I;16"):  # (convert would cut at 255, and all would be white)
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values, clear = np.asarray(image), image.info.get("transparency")
+            if 0 < values.max() < 4096:
+                raise ValueError("its 16 bits hold numbers below 4096: 12 bits, or a dark picture? save it as 8 bits")
+            grey = (values >> 8).astype(np.uint8)
+            image = Image.fromarray(grey if clear is None else np.where(values == clear, np.uint8(255), grey))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG chunks
-        raise ValueError(f"record {record_id}: cannot use its picture: {error}") from error
+        told = f"{error}{what_it_is(image)}" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise ValueError(f"record {record_id}: cannot use its picture: {told}") from error
+
+
+NO_PICTURES = {rb"(?s).{4}ftyp(?:hei|hev|mif|msf)": "HEIC", rb"(?s).{4}ftypavi": "AVIF", rb"\s*(?:<\?xml.*)?<svg": "SVG",
+               rb"%PDF": "PDF", rb"%!PS": "PostScript", rb"(?i)\s*<(?:!doctype )?html": "a page of HTML, not the picture",
+               rb"version https://git-lfs": "a pointer of Git LFS, not the picture: run `git lfs pull`"}
+
+
+def what_it_is(image) -> str:
+    """What a file that is none of PICTURE_FORMATS is, and what to do, as far as its first bytes tell."""
+    try:
+        head = image[:200] if isinstance(image, bytes) else Path(image).open("rb").read(200)
+    except (OSError, TypeError):
+        return ""
+    found = next((name for start, name in NO_PICTURES.items() if re.match(start, head)), "of an unknown format")
+    return f" (it is {found}; bring it as {', '.join(PICTURE_FORMATS)})"
+
+
+def template_beside(path: str) -> str:
+    """The chat template of a model that has it in a file of its own. ValueError: it has none."""
+    for file in (Path(path) / "chat_template.jinja", Path(path) / "chat_template.json"):
+        if file.exists():
+            text = file.read_text("utf-8")
+            return text if file.suffix == ".jinja" else json.loads(text)["chat_template"]
+    raise ValueError(f"{path}: neither its tokenizer nor a chat_template.jinja beside it tells how to write a chat; "
+                     "give an instruct model")
 
 
 class Processor:
@@ -184,6 +214,9 @@ class Processor:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+            self.own_size = self.image_processor.size  # (of the model's own pictures: what a checkpoint is saved with)
+            if self.tokenizer.chat_template is None:
+                self.tokenizer.chat_template = template_beside(path)
             vocab = self.tokenizer.get_vocab()
             self.image_id: int = vocab["<|image_pad|>"]
         except (OSError, ValueError, KeyError) as error:
@@ -374,6 +407,8 @@ def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> 
                 yield made
         except Exception as error:  # of the whole file; `datasets` and Arrow have a dozen classes
             cause = error.__cause__ or error  # (`datasets` wraps what Arrow and the system say)
+            if type(error) is ValueError:  # (our own word)
+                raise ValueError(f"{name}: {error}") from error
             remedy = "was it copied whole? is its suffix right? has it a type of column that `datasets` does not know?"
             if name.endswith(".parquet") and getattr(cause, "errno", None):
                 remedy = f"it is copied to HF_DATASETS_CACHE, now {datasets.config.HF_DATASETS_CACHE}: is there room?"
@@ -411,20 +446,20 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
         gold, several = fields.pop("answer", None), fields.pop("answers", None)
         given = gold if several is None else several
         reason = "null gold" if given is None or str(given).strip(" []()'\"") in NOTHING else "unverifiable"
-        kind = ""
+        kind = fields.get("answer_type", "")
         if isinstance(several, list) and len(several) > 1:
             gold = tuple(read_answer(item)[0] for item in several)
         elif several is None or isinstance(several, list) and several:
-            gold, kind = read_answer(gold if several is None else several[0])
+            gold, kind = read_answer(gold if several is None else several[0], kind)
         else:
             raise ValueError(f"its answers are {str(several)[:80]!r}; write a list, of which any is right")
-        fields["answer_type"] = fields.get("answer_type") or kind
-        record = Record(record_id, question, gold, images, meta=meta, **fields)
+        record = Record(record_id, question, gold, images, meta=meta, **fields | {"answer_type": kind})
         reason = "malformed row"  # a lone surrogate, half of a cut emoji, would fail much later, and so would dates
         json.dumps([record.id, record.source, record.text, record.golds, record.meta], ensure_ascii=False).encode()
         reason = "picture marks"
         marks = record.text.count("<image>")
-        if marks and marks != len(images):
+        named = not images and re.search(r"<image ?\d+>", record.text)
+        if named or marks and marks != len(images):
             raise ValueError(f"{marks} <image> marks for {len(images)} pictures; write a mark for each, or none")
         return record
     except (OSError, ValueError, SyntaxError) as error:  # OSError: no path, such as base64 without `data:`
@@ -477,19 +512,21 @@ def read_number(value, name: str, kind: type) -> float:
     return number
 
 
-def read_answer(answer) -> tuple[str | tuple[str, ...], str]:
-    """A gold as data has it -> the gold, or all of which any is right, and its answer type where the list tells.
+def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
+    """A gold as data has it -> the gold, or all of which any is right; and its answer type, where a list tells that.
 
     A list of numbers is one answer, such as a box; one of letters a multi-select; of other texts any is right.
     """
+    if isinstance(answer, str) and kind != "list" and re.match(r"""\s*\[\s*['"]""", answer):  # (a list that a table keeps as its text)
+        answer = literal(answer)
     if not isinstance(answer, (list, tuple)):
-        return text_of(answer, "answer"), ""
+        return text_of(answer, "answer"), kind
     texts = tuple(text_of(item, "answer") for item in answer)
     if len(texts) > 1 and all(re.fullmatch("[A-Z]", text) for text in texts):
         return ", ".join(texts), "choice"
     if len({parse_number(text) for text in texts} - {None}) == len(texts) > 1:  # (0.5 and 1/2 are one number)
         return f"[{', '.join(texts)}]", "list"
-    return texts if len(texts) > 1 else texts[0], ""
+    return texts if len(texts) > 1 else texts[0], kind
 
 
 def read_choices(value) -> tuple[str, ...]:
@@ -736,13 +773,11 @@ def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, di
 
 
 def cell_rows(file: Path) -> Iterator[tuple[int, dict | ValueError]]:
-    """Rows of a table: options in columns A, B, ..., a hint before its question. VLMEvalKit's have an `index` and the
-    picture in base64, or the index of an earlier row that holds it."""
+    """Rows of a table, a hint before its question. VLMEvalKit's have an `index`, and the picture in base64 or the index
+    of an earlier row that holds it."""
     pictures: dict[str, str] = {}
     for line, row in read_cells(file):
         if isinstance(row, dict):
-            options = [row.pop(letter, "") for letter in ascii_uppercase]
-            row |= {"choices": options} if any(options) else {}
             row |= {"question": f"Hint: {row.pop('hint')}\n{row.get('question', '')}"} if "hint" in row else {}
             if index := row.pop("index", ""):
                 row |= {"id": index} | ({"own_id": row["id"]} if "id" in row else {})
@@ -804,21 +839,32 @@ def table_rows(table: datasets.Dataset, name: str) -> Iterator[dict]:
 
 # --- formats of others ------------------------------------------------------------------------------------------------
 
-PICTURES = """images image image_path image_paths image_file image_files image_url image_urls img imgs img_path file_name
-picture pictures decoded_image""".split()  # under which of these names a row's pictures stand, looked for in this order
-LOOKS = re.compile(r"(?i)(?:\w+_)?(?:image|img|picture|photo|figure|screenshot|video)s?(?:_?(?:path|file|name|url|base64|b64|"
-                   r"bytes|list|\d+))*")  # the name of a picture
+PICTURES = """images image image_path image_paths image_file image_files image_url image_urls img imgs img_path imgname
+file_name file_names image_file_name picture pictures decoded_image""".split()  # names of a row's pictures, in this order
+LOOKS = re.compile(r"(?i)(?:\w+_)?(?:image|img|picture|photo|figure|screenshot|video)s?"
+                   r"(?:_?(?:path|file|name|url|base64|b64|bytes|list|\d+))*")  # the name of a picture
 PICTURE_NAME = re.compile(r"(?i)data:image/.*|[^\n]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|heic|avif|mp4)")
-INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\breasoning\ process|internal\ monologue|step[ -]by[ -]step
-                         |\boption(?:'s)?\ letter|letter\ (?:from|of)\ the|single\ word\ or\ phrase""")  # of a trainer
-NEEDED = re.compile(r"(?i)\d|round|decimal|unit|degree|nearest|<image>")  # what a question loses with its sentence
+GOLDS = ("answers", "answer", "solution", "ground_truth", "gt")
+ROLES = {"human": "user", "gpt": "assistant"}
+KINDS = {"integer": "number", "float": "number"}  # what MathVista calls them
+# What other trainers add to a question: where a sentence of it may begin, what tells it, and what makes one stay that
+# the question needs; and the paragraph that stands before a question.
+BEGINS = (r"(?:[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You (?i:first|must)|Let's|(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)"
+          r"\b|A conversation)))")
+INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|reasoning\ process|internal\ (?:monologue|dialogue)
+    |step[ -]by[ -]step|\boption(?:'s)?\ letter|letter\ from|single\ (?:word|number)|from\ the\ options\ above|the\ Assistant
+    |(?:your|final)\ answer|json\ format|following\ format|follow\ the\ format|if\ you\ were\ a\ human|self-reflection|^\.+$
+    |a\ conversation\ between|with\ reasoning\.|preceding\ multiple|of\ your\ response|\#{4}""")
+NEEDED = re.compile(r"(?i)\bround|decimal|\bunits?\b|degree|nearest|<image>")
+PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*(?:Hint:\ Please|Please\ (?:first|directly)|You\ should\ first|Solve\ the\ following)
+    ((?:(?!\n\n|\nQuestion:).)*)(?:\n+Question:|\n\n)\s*""")
 
 
 def any_fields(row: dict, said: Counter) -> dict:
     """A row of any of FORMATS -> fields of Record, values and pictures as they stand in the row. said: what was taken
     off or set aside, and of how many rows."""
-    ours = {"question", "answer_type"} <= row.keys()  # beside the columns for others
-    left = {key: value for key, value in row.items() if not (ours and key in OTHERS_COLUMNS)}  # what is read is taken out
+    ours = {"question", "answer_type"} <= row.keys() and "pid" not in row  # (that is MathVista's)
+    left = {key: value for key, value in row.items() if not (ours and key in OTHERS_COLUMNS)}  # what is read is taken
     kind = "question" if ours else next((key for key in FORMATS if key in row), None)
     if kind is None:
         known = ", ".join(f"`{key}` ({writer})" for key, writer in FORMATS.items())
@@ -829,7 +875,8 @@ def any_fields(row: dict, said: Counter) -> dict:
                   "source": left.pop("data_source", left.pop("source", ""))}
         if kind == "question":
             fields |= {name: left.pop(name) for name in ("answer_type", "meta", *NUMBERS) if name in left}
-        golds = [name for name in ("answers", "answer", "solution", "ground_truth") if left.get(name, []) != []]
+            fields["answer_type"] = KINDS.get(str(fields.get("answer_type")), fields.get("answer_type", ""))
+        golds = [name for name in GOLDS if left.get(name, []) != []]
         gold = left.pop(golds[0], None) if reply is None and golds else reply
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
@@ -838,15 +885,20 @@ def any_fields(row: dict, said: Counter) -> dict:
         raise ValueError(f"its answer {left['answer']!r} is none of its answers {gold}, of which any is right; rename one")
     if several:
         left.pop("answer", None)
-    choices = left.pop("choices", left.pop("options", ()))
-    if not ours:
+    lettered = [left.pop(letter, "") for letter in ascii_uppercase]  # (VLMEvalKit's columns)
+    choices = offered = lettered if any(lettered) else left.pop("choices", left.pop("options", ()))
+    if not ours and isinstance(question, str):
         gold = _final_answer(gold)
-        question, taken = without_instruction(question)
-        said[f"the instruction of another trainer was taken off, such as ...{taken[-70:]!r}"] += bool(taken)
-        question, choices = lift_options(question, gold, choices, kind == "question")
-        if not choices and not fields.get("answer_type") and isinstance(gold, str) and len(gold.split()) > 8 \
+        question, taken = without_instruction(question.replace("<IMG_CONTEXT>", "<image>"))
+        said[f"the instruction of another trainer was taken off: {taken[:70]!r} ..."] += bool(taken)
+        question, choices = lift_options(question, gold, offered, kind == "question")
+        words = 3 if kind in ("messages", "conversations") else 8  # (a reply is easily a caption)
+        if not choices and not fields.get("answer_type") and isinstance(gold, str) and len(gold.split()) > words \
                 and infer_answer_type((gold,), ()) == "text":
-            raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words")
+            raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words; give an "
+                             "`answer_type` to have it compared word by word")
+        fields |= {"answer_type": ""} if choices and "pid" in row else {}
+        left |= {} if choices else {"options": offered} if offered else {}
     rest = {key: value for key, value in left.items() if is_json(value)}
     said[f"keys that the model is not shown went into meta: {', '.join(rest)}"] += bool(rest)
     said[f"keys of no text were left out: {', '.join(left.keys() - rest.keys())}"] += len(left) > len(rest)
@@ -862,20 +914,19 @@ def _asked(left: dict, kind: str) -> tuple[Any, list, Any]:
         return asked, [], left.pop("response", None) if kind == "query" else None
     if kind == "reward_model":
         asked, reply = left.pop("prompt"), asked["ground_truth"]
-    turns = json.loads(asked) if kind == "message" and isinstance(asked, str) else asked
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) and kind != "conversations" else turns
+    chat = isinstance(asked, str) and (kind != "prompt" or asked.startswith("[{"))
+    turns = json.loads(asked) if chat else [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     said = [(ROLES.get(role := turn.get("role", turn.get("from")), role), turn.get("content", turn.get("value")))
             for turn in turns]
     said = [turn for turn in said if turn[0] != "system"]  # we set our own
     if [role for role, _ in said] not in (["user"], ["user", "assistant"]):
         raise ValueError(f"its conversation has {len(said)} turns; only one question and its answer can be used")
     text, images = _parts(said[0][1])
-    if len(said) == 2 and not (kind == "messages" and left.keys() & {"answer", "solution"}):
-        reply = _parts(said[1][1])[0]
+    if len(said) == 2 and not (kind == "messages" and left.keys() & {*GOLDS}):
+        reply = said[1][1]
+        if isinstance(reply, list) and isinstance(reply[0], dict):
+            reply = _parts(reply)[0]
     return text, images, reply
-
-
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _parts(content: list[dict] | str) -> tuple[str, list]:
@@ -887,7 +938,7 @@ def _parts(content: list[dict] | str) -> tuple[str, list]:
             text += part["text"]
         elif part["type"] in ("image", "image_url"):
             text += "<image>"
-            images += [part[key] for key in ("image", "image_url", "url", "path") if part.get(key)][:1]
+            images += [part[key] for key in ("image", "image_url", "url", "path", "source") if part.get(key)][:1]
         else:
             raise ValueError(f"its chat has a part of type {part['type']}; only text and pictures can be used")
     return text, images
@@ -909,6 +960,8 @@ def _pictures(left: dict):
         return left.pop(named[0])
     if numbered:
         return [left.pop(key) for key in sorted(numbered, key=lambda key: int(re.sub(r"\D", "", key)))]
+    if re.search(r"(?i)\.(png|jpe?g|webp)$", str(left.get("path", ""))):  # (Video-R1)
+        return left.pop("path")
     for key, value in left.items():
         inner = value if isinstance(value, list) else [value]
         looks = LOOKS.fullmatch(key) and isinstance(value, (str, dict, list)) and value
@@ -919,24 +972,28 @@ def _pictures(left: dict):
     return None
 
 
-def without_instruction(question) -> tuple[Any, str]:
-    """A question without the sentences at its end that another trainer appended, and these; our prompts say their own.
-    A sentence that the question needs, for it names digits or units, stays."""
-    kept = question if isinstance(question, str) else ""
-    while (last := re.search(r"(?s)(?:.*(?:[.?!)]\s|\n))?(?=\S)(.+)$", kept.rstrip())) and INSTRUCTION.search(last[1]) \
-            and not NEEDED.search(last[1]) and last.start(1):
-        kept = kept[:last.start(1)].rstrip()
-    return (kept, question[len(kept):]) if kept else (question, "")
+def without_instruction(question: str) -> tuple[str, str]:
+    """A question without what another trainer wrote before and after it, and that: our prompts say their own. Sentences
+    that tell of rounding or units stay, for the gold depends on them."""
+    preface = PREFACE.match(question)
+    before = preface[0] if preface and not NEEDED.search(preface[2]) else ""
+    kept = question[len(before):].rstrip()
+    starts = [0, *(match.end() for match in re.finditer(BEGINS, kept))]
+    while starts[-1] and INSTRUCTION.search(last := kept[starts[-1]:].strip()) and not NEEDED.search(last):
+        kept = kept[:starts.pop()].rstrip()
+    after = question[len(before) + len(kept):]
+    return (preface[1] if preface and before else "") + kept, (before + after).strip()
 
 
-def lift_options(question, gold, offered, own: bool) -> tuple[Any, Any]:
+def lift_options(question: str, gold, offered, own: bool) -> tuple[str, Any]:
     """A question whose options stand in its text -> its stem and they, where they hold the gold; else the question, and
     the options beside it: of rows of others only when the gold is a letter, for they were not asked with them."""
     golds = [str(item) for item in (gold if isinstance(gold, list) else [gold])]
-    stem, options = split_options(question) if isinstance(question, str) else (question, ())
+    bare = re.sub(r"(?:\s*<image>)+\s*$", "", question)  # (pictures after the options)
+    stem, options = split_options(bare)
     held = options and all(chosen(item, options) for item in golds)
     if held and not (own and offered and options != read_choices(offered)):
-        return stem, options
+        return stem + question[len(bare):].rstrip(), options
     lettered = all(re.fullmatch(r"\W*[A-Za-z]\W*", item) for item in golds)
     return question, offered if own or lettered else ()
 
@@ -1132,9 +1189,10 @@ def _mathvista(row: dict) -> dict:
 def _mathverse(row: dict) -> dict:
     """Five versions of each problem; vision-only has no text of its own, and no options outside the picture."""
     text = row.get("question", "").strip() or "Answer the question in the image."
-    fields = (_inline_choice(text, row.get("answer")) if row["question_type"] == "multi-choice"
-              else {"question": text, "answer": row.get("answer")})
-    return fields | {"id": row["sample_index"], "images": row["image"],
+    gold = re.sub(r"\\circ(?=[A-Za-z])", r"\\circ ", str(row.get("answer", "")).replace("掳", "°"))  # (° in a wrong encoding)
+    gold = re.sub(r"\s*\bunits?\s*\$\^\{?[23]\}?\$", "", gold)  # 12 units $^{2}$
+    fields = (_inline_choice(text, gold) if row["question_type"] == "multi-choice" else {"question": text, "answer": gold})
+    return fields | {"id": row["sample_index"], "images": row.get("image"),
                      "meta": _meta(row, "problem_index", "problem_version", "question_type")
                      | _meta(row["metadata"], "subject", "subfield")}
 
@@ -1386,7 +1444,11 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
                     kept[item.answer_type] += 1
                     yield item
         if not kept:
-            raise ValueError(f"none of the {dropped.total()} records can be used; {dropped_to} says why")
+            lines.flush()
+            first = json.loads(dropped_to.open().readline())["detail"] if dropped else "there are none"
+            why = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common(3))
+            raise ValueError(f"none of the {dropped.total()} records can be used ({why}; the first: {first}); {dropped_to} "
+                             "says why")
 
     kept, dropped = Counter[str](), Counter[str]()
     dropped_to, report_to = (Path(out).with_suffix(end) for end in REPORTS)
@@ -1406,13 +1468,16 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="Parquet file to write")
     parser.add_argument("--exclude", default="", help="benchmarks whose problems to drop, by id and by picture: "
                         f"{','.join(BENCHMARKS)}; name=PATH reads a local copy, name=ID@SPLIT another split")
+    parser.add_argument("--images", help="with any: folder in which the pictures lie, if not beside the file")
     args = parser.parse_args()
+    if args.images and args.source != "any":
+        raise ValueError(f"--images goes with any; {args.source} finds its own")
     if not args.out.endswith(".parquet"):
         raise ValueError(f"--out {args.out}: give a file that ends in .parquet")
     held = read_held(args.exclude) if args.exclude else None
     looked_for = {"looked_for": {"ids": len(held.ids), "pictures": len(held.pictures)}} if held else {}
     published = DATASETS.get(args.source)
-    made = published.read(args.source, args.input) if published else read_any(args.input)
+    made = published.read(args.source, args.input) if published else read_any(args.input, args.images)
     name = Path(args.input).stem  # of rows that do not say where they are from: a ladder's card counts by source
     made = (one if isinstance(one, Dropped) or one.source else dataclasses.replace(one, source=name) for one in made)
     about = {"source": args.source, "input": args.input, "exclude": args.exclude} | looked_for
@@ -1424,3 +1489,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing was written")

@@ -49,8 +49,8 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from data import (BENCHMARKS, DATASETS, PROMPTS, Dropped, Picture, Processor, Record, open_image, raise_or_skip,
-                  read_any, stored, verifiable)
+from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Picture, Processor, Record, file_rows, number,
+                  open_image, parsed, raise_or_skip, read_any, read_cells, stored, verifiable)
 from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
 from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
@@ -654,7 +654,7 @@ def model_digest(path: str) -> str:
     if not Path(path).is_dir():
         return path
     digest = hashlib.sha256()
-    for file in sorted(Path(path).iterdir()):
+    for file in tqdm(sorted(Path(path).iterdir()), "hashing the model", unit=" files", delay=3, disable=QUIET):
         if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".txt"):
             with open(file, "rb") as data:
                 digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
@@ -664,7 +664,7 @@ def model_digest(path: str) -> str:
 def data_digest(records: list[Record]) -> str:
     """Changes with any change of the texts and of the pictures' bytes, which are not decoded."""
     digest = hashlib.sha256()
-    for r in records:
+    for r in tqdm(records, "hashing the pictures", unit="problem", delay=3, disable=QUIET):
         digest.update(repr((r.id, r.question, r.answer, r.choices, r.answer_type, r.precision, len(r.images))).encode())
         for image in r.images:
             with contextlib.suppress(OSError, ValueError):  # (check_records will name it)
@@ -715,7 +715,7 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dro
                          "(org/name@test)")
     first = itertools.islice(tqdm(made, desc=f"reading {name}", unit=" records"), limit)
     with ThreadPoolExecutor() as pool:  # (several workers parse golds)
-        rows = list(pool.map(verifiable, first))
+        rows = list(tqdm(pool.map(verifiable, first), "checking golds", unit="problem", delay=3))
     if not rows:
         raise ValueError(f"--benchmark {spec}: holds no records")
     return name, rows
@@ -797,20 +797,11 @@ def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
                       for text in (args.benchmark, args.prompt))
     if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(PROMPTS):
         raise ValueError(f"--prompt {args.prompt}: there are {', '.join(PROMPTS)}; give some, each style only once")
-    check_bounds(args, rows=1, max_tokens=1, samples=1, limit=1, temperature=0)
     if not args.responses and not args.model:
         raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
     if not specs or args.responses and len(specs) + len(prompts) > 2:
         raise ValueError("give a --benchmark; --responses are answers to one, in one --prompt style")
     return specs, prompts
-
-
-def check_bounds(args: argparse.Namespace, **lowest: float) -> None:
-    """Raises ValueError for an option that is given and below its lowest value, or not finite."""
-    for name, low in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:  # (nan is neither)
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; give {low} or more")
 
 
 def trained_by(model: str | None) -> dict | None:
@@ -821,8 +812,8 @@ def trained_by(model: str | None) -> dict | None:
 
 
 def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> dict[str, list[dict]]:
-    """JSONL of {id, response: text or list of texts} (several lines of one id are its samples), or a VLMEvalKit .tsv
-    with index and prediction -> {id of a row: [{"text", "tokens", "truncated"}, ...]}.
+    """Answers of another engine, see response_rows (several lines of one id are its samples) -> {id of a row: [{"text",
+    "tokens", "truncated"}, ...]}.
 
     Ids are the published ones, with or without `benchmark-`. Raises ValueError that names lines that cannot be read,
     ids that the benchmark lacks and ids with other numbers of responses; ids without any are said, and count as wrong.
@@ -831,19 +822,19 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     known = {name: row.id for row in rows for name in (row.id, *(row.id.removeprefix(f"{s}-") for s in sources))}
     found: dict[str, list[dict]] = {}
     bad, jobs = [], set()
-    for number, line in enumerate(response_rows(path), 1):
+    for number, line in response_rows(Path(path)):
         try:
-            line = json.loads(line) if isinstance(line, str) else line
-            name = str(line["id"])
+            line = parsed(line)
+            names = [str(line[key]) for key in ANSWER_IDS if key in line]
             responses = read_response(line)
-            if name not in known:
-                raise ValueError(f"{benchmark} has no problem {name!r}; its ids are such as {rows[0].id!r}")
+            name = next((name for name in names if name in known), "")
+            if not name:
+                raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its ids "
+                                 f"are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
                 jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
             found.setdefault(known[name], []).extend(responses)
-        except KeyError as error:
-            bad.append(f"line {number}: it has no {error}; write id and response")
-        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {number}: {error}")
     most = max(map(len, found.values()), default=0)
     bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
@@ -854,24 +845,39 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     return found
 
 
-def response_rows(path: str) -> list:
-    csv.field_size_limit(2**31 - 1)
+# Where an engine's answers have the problem and the response: ours, VLMEvalKit's, MathVista's, MathVerse's, LLaVA's.
+ANSWER_IDS = ("index", "id", "pid", "sample_index", "question_id")
+ANSWER_TEXTS = ("response", "prediction", "model_answer", "text")
+
+
+def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered answers of JSON lines, of a JSON list, of a JSON object by id (of texts, lists of texts, or rows), or of a
+    table such as VLMEvalKit's."""
+    if not file.is_file():
+        raise ValueError(f"--responses {file}: no such file")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.endswith(".tsv"):
-                table = csv.DictReader(file, delimiter="\t")
-                return [{"id": row.get("index"), "response": row.get("prediction")} for row in table]
-            return [line for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--responses {path}: cannot be read: {error}") from error
+        if file.suffix == ".json":
+            with contextlib.suppress(json.JSONDecodeError):  # (lines: see json_rows)
+                found = json.loads(file.read_bytes())
+                if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
+                    yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
+                    return
+        if file.suffix in (".csv", ".tsv"):
+            rows = read_cells(file, ("index", "prediction"))
+            yield from ((line, {"prediction": ""} | row if isinstance(row, dict) else row) for line, row in rows)
+        else:
+            yield from file_rows(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"--responses {file}: cannot be read: {error}") from error
 
 
 def read_response(line: dict) -> list[dict]:
     """The responses that one line gives. Raises KeyError, TypeError or ValueError for what is none."""
-    texts, tokens, cut = line["response"], line.get("tokens"), line.get("truncated")
+    texts = next((line[key] for key in ANSWER_TEXTS if key in line), None)
+    tokens, cut = line.get("tokens"), line.get("truncated")
     texts = texts if isinstance(texts, list) else [texts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("its response is no text and no list of texts")
+        raise ValueError(f"it has no response (under {', '.join(ANSWER_TEXTS)}) that is a text or a list of texts")
     if not isinstance(tokens, (int, float, type(None))):
         raise ValueError(f"its tokens are {tokens!r}, where a number is needed")
     if not isinstance(cut, (bool, type(None))):
@@ -942,18 +948,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face folder or hub id; with --responses: what counts their tokens")
     parser.add_argument("--benchmark", default="toy", help=f"comma-separated: toy, {', '.join(BENCHMARKS)}; name=PATH "
                         "or name=ID@SPLIT reads a local copy or another split; or any file that data.py reads")
-    parser.add_argument("--responses", help="answers of another engine: JSONL of {id, response}, response a text or a "
-                        "list; or a VLMEvalKit .tsv with index and prediction")
+    parser.add_argument("--responses", help="answers of another engine: JSON lines, or a list, of {id, response}, "
+                        "response a text or a list; a JSON object by id; or a .tsv of VLMEvalKit's")
     parser.add_argument("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
-    parser.add_argument("--temperature", type=float, help="0: greedy (the default; toy: greedy, and 1 with 4 samples)")
-    parser.add_argument("--samples", type=int, help="k of avg@k, maj@k, pass@k; at temperature 1 unless told otherwise")
-    parser.add_argument("--max-tokens", type=int, help="longest response (default: 1024; toy: 160)")
-    parser.add_argument("--max-pixels", type=int, help="area above which pictures are shrunk (default: the model's)")
-    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
-    parser.add_argument("--limit", type=int, help="first so many problems of each benchmark only")
+    parser.add_argument("--temperature", type=number(float, 0), help="0: greedy (the default; toy: greedy, and 1 with 4 samples)")
+    parser.add_argument("--samples", type=number(int, 1), help="k of avg@k, maj@k, pass@k; at temperature 1 unless told otherwise")
+    parser.add_argument("--max-tokens", type=number(int, 1), help="longest response (default: 1024; toy: 160)")
+    parser.add_argument("--max-pixels", type=number(int, 1), help="area above which pictures are shrunk (default: the model's)")
+    parser.add_argument("--rows", type=number(int, 1), default=256, help="responses sampled at a time; less saves memory")
+    parser.add_argument("--limit", type=number(int, 1), help="first so many problems of each benchmark only")
     parser.add_argument("--skip-bad", action="store_true", help="go on without problems that cannot be used; they "
                         "count as wrong")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of sampling")
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/eval/MODEL-BENCHMARKS-PROMPTS); "
                         "one that is unfinished goes on")
     args = parser.parse_args()
