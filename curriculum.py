@@ -39,10 +39,12 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import DatasetCardData
+from tqdm import tqdm
 
-from data import DATASETS, PROMPTS, SOURCES, Processor, Record, check_records, load_records, raise_or_skip, save_records
-from eval import (FREE, Result, begun, check_bounds, claim, data_digest, markdown, model_digest, read_json, render,
-                  roll_out, section_of, vote, write_json, write_page)
+from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, check_records, load_records, number,
+                  raise_or_skip, save_records)
+from eval import (FREE, Result, begun, claim, data_digest, markdown, model_digest, read_json, render, roll_out,
+                  section_of, vote, write_json, write_page)
 from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
 from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
 
@@ -312,9 +314,10 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
 
     A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
     """
-    ranked = sorted(((record, *majority(record)) for record in records), key=lambda row: (-row[2], row[0].id))
+    ranked = [(record, *majority(record)) for record in tqdm(records, "counting answers")]
+    ranked.sort(key=lambda row: (-row[2], row[0].id))
     pages = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
-    for n, page in enumerate(pages):
+    for n, page in enumerate(tqdm(pages, "writing pages")):
         sections = []
         for record, answer, votes in ranked[n * per_page:(n + 1) * per_page]:
             rollouts = record.meta["rollouts"]
@@ -486,11 +489,17 @@ def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record
     return raise_or_skip("--data", [good[key][0] for key in sorted(good)], bad, skip_bad)
 
 
+def warn_if_blind(records: list[Record]) -> None:
+    """Say, before hours are spent, that no record has a picture: they may have been lost on the way."""
+    if not any(r.images for r in records):
+        print(f"warning: none of the {len(records)} problems has a picture; if some should, see under which key the "
+              "data have theirs: it is to be `images`, paths from the file's folder", file=sys.stderr)
+
+
 def to_measure(args: argparse.Namespace, records: list[Record]) -> dict:
     """The settings that raw records are to be measured with."""
-    asker = args.filter_model or args.model
-    settings = {"data": data_digest(records), "model": model_digest(args.model),
-                "simple-question filter": "off" if args.keep_simple else model_digest(asker), "samples": SAMPLES}
+    settings = {"data": data_digest(records), "model": model_digest(args.model), "samples": SAMPLES,
+                "simple-question filter": "off" if args.keep_simple else model_digest(args.filter_model)}
     return settings | {key: getattr(args, key) for key in ("prompt", "temperature", "max_tokens", "max_pixels", "rows",
                                                            "sampling_seed")}
 
@@ -512,23 +521,15 @@ def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
     return {key: value for key, value in known.items() if key != "program"}
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raises ValueError, naming the option, for what cannot be meant."""
-    check_bounds(args, rows=1, max_tokens=1, size=1, limit=1, temperature=1e-6)
-    if not 0 <= args.low_complexity < 1:
-        raise ValueError(f"--low-complexity {args.low_complexity} is no quantile; give a number from 0 to below 1")
-    ladder = (args.out / "ladder.parquet").resolve()
-    if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
-        raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
-                         "or give another --out")
-
-
 def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     """Everything that can be refused before hours are lost -> usable records by id, and what measures or measured them.
 
     The settings go to settings.json, so that the same command can go on and another one is refused.
     """
-    check_args(args)
+    ladder = (args.out / "ladder.parquet").resolve()
+    if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
+        raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
+                         "or give another --out")
     records = load_all(args.data, args.limit, args.skip_bad)
     raw = [r for r in records if is_raw(r)]
     if raw and len(raw) < len(records):
@@ -542,8 +543,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     dropped = set(read_json(dropped_ids)) if goes_on else set()
     if raw and not goes_on:  # (checked once: it takes a while)
         usable = records
-        for path in sorted({args.model, args.model if args.keep_simple else args.filter_model or args.model}):
+        for path in sorted({args.model, args.model if args.keep_simple else args.filter_model}):
             usable = check_records(Processor(path, args.max_pixels), usable, args.prompt, skip_bad=args.skip_bad)
+        warn_if_blind(usable)
         dropped = {r.id for r in records} - {r.id for r in usable}
     records = [r for r in records if r.id not in dropped]
     if args.corrections:
@@ -600,24 +602,26 @@ def share_notes(ladder: list[Record], pool: list[Record], args: argparse.Namespa
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure problems by a model's own rollouts and build a ladder. "
                                      "(`curriculum.py show LADDER` prints one.)")
+    positive = number(int, 1)
     parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
     parser.add_argument("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
     parser.add_argument("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
     parser.add_argument("--filter-model", help="of the simple-question filter (default: --model)")
     parser.add_argument("--keep-simple", action="store_true", help="no filter: keep what is answered right at once")
     parser.add_argument("--corrections", type=Path, help="review.csv with decisions: keep, drop, fix with a new_gold")
-    parser.add_argument("--low-complexity", type=float, default=0.1,
+    parser.add_argument("--low-complexity", type=number(float, 0, 0.99), default=0.1,
                         help="drop difficulty-0 problems below this quantile of their complexities; 0: none")
-    parser.add_argument("--size", type=int, help="problems on the ladder (default: all that the shares allow)")
-    parser.add_argument("--limit", type=int, help="first so many problems only")
+    parser.add_argument("--size", type=positive, help="problems on the ladder (default: all that the shares allow)")
+    parser.add_argument("--limit", type=positive, help="first so many problems only")
     parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order inside a stage")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of sampling and of the order inside a stage")
     parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of training")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="longest response, as --max-response-tokens there")
-    parser.add_argument("--max-pixels", type=int, default=2_560_000, help="area above which pictures are shrunk")
-    parser.add_argument("--rows", type=int, default=256, help="responses sampled at a time; less saves memory")
+    parser.add_argument("--temperature", type=number(float, TINY), default=1.0, help="of training")
+    parser.add_argument("--max-tokens", type=positive, default=8192, help="longest response, as in training")
+    parser.add_argument("--max-pixels", type=positive, default=2_560_000, help="area above which pictures are shrunk")
+    parser.add_argument("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
     args = parser.parse_args()
+    args.filter_model = args.filter_model or args.model
     # No evaluation's: the responses that made a problem easy must not be the very ones that score it.
     args.sampling_seed = -1 - args.seed
     return args
@@ -642,7 +646,7 @@ def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]
         return [measure(result) for result in results]
 
     if not args.keep_simple:
-        tried = measured("direct", args.filter_model or args.model, samples=1, temperature=0.0, style="none",
+        tried = measured("direct", args.filter_model, samples=1, temperature=0.0, style="none",
                          max_tokens=min(DIRECT_TOKENS, args.max_tokens))
         records = [record for record, answered in zip(records, tried) if answered.difficulty]
         if not records:

@@ -49,7 +49,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
-from data import PROMPTS, Processor, Prompt, Record
+from data import PROMPTS, QUIET, Processor, Prompt, Record, number, open_image
 
 if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -462,6 +462,8 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
         raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
     if family not in FAMILIES:
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
+    if not QUIET:  # (transformers' own bars are off: it has one for each copy of the toy, too)
+        print(f"loading {path}", file=sys.stderr)
     flash = torch.device(computes_on or device).type == "cuda" and is_flash_attn_2_available()
     attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
@@ -641,20 +643,23 @@ def gather_shares(share: list) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Ask a checkpoint one question about a picture.")
+    positive = number(int, 1)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
     parser.add_argument("--image", nargs="*", default=[], help="picture files")
     parser.add_argument("--question", required=True)
     parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style")
-    parser.add_argument("--samples", type=int, default=1, help="responses to sample")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest response")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=positive, default=1, help="responses to sample")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: greedy")
+    parser.add_argument("--max-tokens", type=positive, default=1024, help="longest response")
+    parser.add_argument("--max-pixels", type=positive, help="area above which pictures are shrunk (default: its own)")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
-    start_processes()
-    model, processor = load_to_sample(args.model, None)
     # (a record needs a gold answer; none is known here and none is used)
-    record = Record("command line", args.question, "unknown", images=tuple(args.image))
+    record = Record("command line", args.question, "unknown", images=tuple(map(open_image, args.image, args.image)))
+    start_processes()
+    model, processor = load_to_sample(args.model, args.max_pixels)
     prompts = [processor.encode(record, args.prompt)]
+    print("answering", file=sys.stderr)
     [group] = sample_groups(model, processor, [record], prompts, samples=args.samples, temperature=args.temperature,
                             max_tokens=args.max_tokens, seed=args.seed)
     print("\n\n".join(sample.text for sample in group.samples))

@@ -35,6 +35,7 @@ Shapes: P prompts, G responses of a group, N rows (responses), T response tokens
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -62,8 +63,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from curriculum import Batch, Curriculum
-from data import Processor, Prompt, Record, check_records, load_records
+from curriculum import Batch, Curriculum, warn_if_blind
+from data import TINY, Processor, Prompt, Record, check_records, load_records, range_fault
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
                   roll_out, summarize, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
@@ -271,7 +272,8 @@ def main(args: list[str] | None = None) -> None:
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
-    for batch in curriculum:
+    left = max(0, cfg.max_steps - curriculum.position) if cfg.max_steps else None  # None: all
+    for batch in itertools.islice(curriculum, left):
         step = curriculum.position
 
         # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
@@ -347,11 +349,8 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 
 def setting(default, help: str, low: float = -math.inf, high: float = math.inf, technical: bool = False):
     """A field of Config. low, high: bounds, both allowed (just above 0: TINY). technical: changes memory, speed or what
-    is kept, and not the steps (but by rounding): it may differ on --resume, and between runs that are compared."""
+    is kept, and no step (but by rounding): it may differ on --resume, and between runs that are compared."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "technical": technical})
-
-
-TINY = sys.float_info.min
 
 
 @dataclass
@@ -362,7 +361,7 @@ class Config:
     model: str = setting("", "policy to start from: Hugging Face folder or hub id")
     data: str = setting("", "training problems: ladder folder, Parquet, JSONL, ... or hub id")
     test: str = setting("", "held-out problems, evaluated before, at each stage's end and after; empty: none")
-    out: str = setting("", "folder of the run (default: out/<preset>-<order>-<prompt>-seed<seed>)")
+    out: str = setting("", "folder of the run; empty: out/<preset>-<order>-<prompt>-seed<seed>")
     resume: bool = setting(False, "go on with the run in --out from its newest checkpoint")
     skip_bad: bool = setting(False, "leave out records that cannot be used, instead of stopping")
 
@@ -385,7 +384,7 @@ class Config:
     # reward and weight
     format_weight: float = setting(0.5, "of the format reward", 0)
     bonus: float = setting(0.2, "to the shortest correct response of a group; 0: off", 0)
-    bonus_floor: int = setting(100, "tokens; a shortest correct response at or under it earns no bonus")
+    bonus_floor: int = setting(100, "tokens; a shortest correct response at or under it earns no bonus", 0)
     sigma: float = setting(
         1.8, "of the difficulty weight w(d) = 4 sigma d (1 - d); 0: weight off, all groups count 1", 0)
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
@@ -419,6 +418,8 @@ class Config:
     save_every: int = setting(0, "steps between checkpoints, besides those at a stage's end; 0: none", 0,
                               technical=True)
     keep: int = setting(2, "newest checkpoints kept", 1, technical=True)
+    max_steps: int = setting(
+        0, "stop after so many rollouts, for --resume to go on; lr is that of the whole run; 0: all", 0, technical=True)
     tracker: Literal["none", "tensorboard", "wandb"] = setting(
         "none", "also log there, through accelerate", technical=True)
     seed: int = setting(0, "of sampling and of the order inside a stage", 0)
@@ -442,25 +443,29 @@ PRESETS: dict[str, dict] = {
 
 def parse_config(args: list[str] | None = None) -> Config:
     """Command line -> Config: the paper's defaults, then the preset's, then what is given. Unknown options exit."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=str(__doc__).split("\n")[0],
+                                     usage="%(prog)s --help | [--OPTION VALUE | --SWITCH | --no-SWITCH] ...")
     types = get_type_hints(Config)
     for f in dataclasses.fields(Config):
         option, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: %(default)s)"
-        if types[f.name] is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        if types[f.name] is bool:  # (argparse's own action lists both forms of each, with one text)
+            parser.add_argument(option, action="store_true", default=f.default, help=text)
+            parser.add_argument(f"--no{option[1:]}", action="store_false", dest=f.name, help=argparse.SUPPRESS)
         else:
             choices = get_args(types[f.name])
             parser.add_argument(option, type=str if choices else types[f.name], choices=choices or None,
                                 default=f.default, help=text)
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=PRESETS, default="toy")
-    parser.set_defaults(**PRESETS[preset.parse_known_args(args)[0].preset])
-    given, unknown = parser.parse_known_args(args)
-    if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; --help lists every option")
-    cfg = Config(**vars(given))
+    preset.add_argument("--preset", choices=PRESETS)
+    chosen, toy = preset.parse_known_args(args)[0].preset, PRESETS["toy"]
+    parser.set_defaults(**PRESETS.get(chosen, toy))
+    cfg = Config(**vars(parser.parse_args(args)))
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.order}-{cfg.prompt}-seed{cfg.seed}"
     check_config(cfg)
+    if chosen is None and Path(cfg.model).resolve() != Path(toy["model"]).resolve():
+        raise ValueError(f"--model {cfg.model}: give a --preset for it too ({', '.join(PRESETS)}); without one it "
+                         f"would be trained as the toy is: lr {toy['lr']}, pictures of {toy['max_pixels']} pixels, "
+                         f"prompts of {toy['max_prompt_tokens']} and responses of {toy['max_response_tokens']} tokens")
     return cfg
 
 
@@ -468,14 +473,14 @@ def check_config(cfg: Config) -> None:
     """Raise ValueError, naming option and remedy, for settings that cannot be meant."""
     for f in dataclasses.fields(cfg):
         value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            bounds = f"above 0{' and finite' if high == math.inf else ''}" if low == TINY else (
-                f"{low} or more, and finite" if high == math.inf else f"between {low} and {high}")
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be {bounds} ({f.metadata['help']})")
+        if isinstance(value, (int, float)) and (fault := range_fault(value, low, high)):
+            raise ValueError(f"--{f.name.replace('_', '-')} {fault} ({f.metadata['help']})")
     if cfg.prompts_per_rollout % cfg.updates_per_rollout:
         raise ValueError(f"--prompts-per-rollout {cfg.prompts_per_rollout} does not divide into --updates-per-rollout "
                          f"{cfg.updates_per_rollout} updates")
-    if not cfg.model or not cfg.data:
+    if not cfg.model:
+        raise ValueError("--model is empty; give a Hugging Face folder or hub id")
+    if not cfg.data:
         raise ValueError(f"preset {cfg.preset} needs --data: a ladder built by curriculum.py, or any data with "
                          "--order random")
     if cfg.rollout_rows < cfg.group_size:
@@ -503,7 +508,7 @@ def as_kept(cfg: Config) -> dict:
     settings = {"program": "train.py"} | asdict(cfg) | {"resume": False}
     for name in ("model", "data", "test"):
         path = Path(settings[name])
-        if path.is_absolute() and path.is_relative_to(HERE):
+        if path.is_relative_to(HERE):
             settings[name] = str(path.relative_to(HERE))
     return settings
 
@@ -520,6 +525,9 @@ def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------
+
+LOGS = ("metrics.jsonl", "responses.jsonl")
+
 
 class Run:
     """A run's folder: its log, its checkpoints, its held-out scores, and the pictures of them.
@@ -560,7 +568,8 @@ class Run:
             self.tracker = Accelerator(cpu=not torch.cuda.is_available(), project_dir=self.folder, log_with=cfg.tracker)
             self.tracker.init_trackers(self.folder.name, config=asdict(cfg))
         if self.chief:
-            size, steps = sum(p.numel() for p in policy.model.parameters()), len(curriculum)
+            warn_if_blind(train)
+            size, steps = policy.model.num_parameters(), len(curriculum)
             tqdm.write(f"{self.folder}: {size / 1e6:.1f}M parameters, {len(train)} problems in {steps} rollouts of up "
                        f"to {cfg.prompts_per_rollout} x {cfg.group_size} responses, {steps * cfg.updates_per_rollout} "
                        f"updates; {len(test)} held out; {world} process{'es' if world > 1 else ''} on "
@@ -569,19 +578,18 @@ class Run:
                         disable=not self.chief)
 
     def _open(self) -> dict[int, dict]:
-        """Rank 0: the folder is this run's, its logs are cut back to its newest checkpoint -> held-out scores there."""
+        """Rank 0: the folder is this run's, its logs are cut back to its newest checkpoint -> held-out scores there.
+        What is cut is trained, and answered, again; see find_run for what is refused instead."""
         claim(self.folder, as_kept(self.cfg))
         write_json(self.folder / "environment.json", environment())
         effective = generation_config(self.policy.processor, temperature=self.cfg.temperature,
                                       max_tokens=self.cfg.max_response_tokens)
         (self.folder / "generation_config.json").write_text(effective.to_json_string(use_diff=False))
         (self.folder / "held-out").mkdir(exist_ok=True)
-        for file in (self.folder / "held-out").glob("step*-*.jsonl"):  # answers of a policy that was not saved
-            if int(file.name[4:10]) > max(self.saved, 0):
-                file.unlink()
-        cut_log(self.folder / "responses.jsonl", max(self.saved, 0))
-        return {line["step"]: line["eval"] for line in cut_log(self.folder / "metrics.jsonl", max(self.saved, 0))
-                if "eval" in line}
+        for answers in answers_after(self.folder, max(self.saved, 0)):  # of a policy that was not saved
+            answers.unlink()
+        metrics, _ = (read_log(self.folder / name, max(self.saved, 0), cut=True) for name in LOGS)
+        return {line["step"]: line["eval"] for line in metrics if "eval" in line}
 
     def log(self, name: str, lines: list[dict]) -> None:
         if self.chief:
@@ -622,7 +630,7 @@ class Run:
         step, every = self.curriculum.position, self.cfg.save_every
         if step > self.saved and (batch is None or batch.ends_stage or every and step % every == 0):
             if self.chief:
-                for name in ("metrics.jsonl", "responses.jsonl"):  # the log reaches the disk before its checkpoint
+                for name in LOGS:  # the log reaches the disk before its checkpoint
                     sync(self.folder / name)
             save_checkpoint(self.folder, step, self.policy,
                             {"data": self.data, "curriculum": self.curriculum.state_dict()})
@@ -631,17 +639,17 @@ class Run:
 
     def prune(self) -> None:
         always = [r.id for r in self.test[:self.cfg.eval_limit or None]]  # what every evaluation answers
-        greedy = {step: scores["greedy"]["by_problem"] for step, scores in self.evals.items()}
         if self.chief:
-            mark_best_and_prune(self.folder, {step: sum(found[i] for i in always) / len(always)
-                                              for step, found in greedy.items()}, self.cfg.keep)
+            evals = {step: sum(scores["greedy"]["by_problem"][i] for i in always) / len(always)
+                     for step, scores in self.evals.items()}
+            mark_best_and_prune(self.folder, evals, self.cfg.keep)
 
     def draw(self) -> None:
         """curves.png and responses.html, of all that is logged so far."""
         if self.chief:
-            plot_curves(read_lines(self.folder / "metrics.jsonl"), self.folder / "curves.png")
+            plot_curves(read_log(self.folder / "metrics.jsonl"), self.folder / "curves.png")
             groups = [(self.records[line_id], list(lines)) for (_, line_id), lines in itertools.groupby(
-                read_lines(self.folder / "responses.jsonl"), key=lambda line: (line["step"], line["id"]))]
+                read_log(self.folder / "responses.jsonl"), key=lambda line: (line["step"], line["id"]))]
             write_responses(groups, self.folder / "responses.html")
 
     def not_finite(self, step: int, batch: Batch, error: FloatingPointError) -> str:
@@ -661,8 +669,12 @@ class Run:
         step, steps = self.curriculum.position, len(self.curriculum)
         if not self.chief:
             return
+        if step and not self.policy.optimizer.state:
+            print(f"warning: no group of any rollout had a signal: nothing was learned, and the weights are what they "
+                  f"were. {NO_SIGNAL}")
         if step < steps or (self.test and steps not in self.evals):
-            print(f"stopped after step {step}, saved; the same command with --resume goes on")
+            print(f"stopped after step {step}, saved; the same command with --resume"
+                  f"{' and a larger --max-steps' * (step == self.cfg.max_steps)} goes on")
             return
         if self.test:
             print("\n" + before_after(self.evals[0], self.evals[steps]))
@@ -674,20 +686,25 @@ class Run:
 def find_run(cfg: Config) -> Path | None:
     """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
-    Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with, or
-    when all of its checkpoints are damaged.
+    Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with,
+    when all of its checkpoints are damaged, and when its log is not that of its checkpoint: nothing is changed yet.
     """
     folder = Path(cfg.out)
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a run of an older version of this code, which kept config.json; take that "
-                         "version to go on with it, or another --out")
     if cfg.resume != (folder / "settings.json").exists():
         raise ValueError(f"--resume: {folder} holds no run; check --out" if cfg.resume else
                          f"{folder} holds another run; add --resume to go on with it, or choose another --out")
     if not begun(folder, as_kept(cfg), FREE):
         return None
     lock(folder)
-    return newest_whole(folder)
+    newest = newest_whole(folder)
+    last = step_of(newest) if newest else math.inf
+    for spare, name in enumerate(LOGS):  # (spare: a run that was killed in its first step has left the responses)
+        end = max((line["step"] for line in read_log(folder / name, last)), default=0)
+        if end < last if newest else end > spare or answers_after(folder, 0):
+            raise ValueError(f"--resume: {folder / name} {f'ends at step {end}' if end else 'is missing or empty'}, "
+                             f"the newest checkpoint is {newest.name if newest else 'missing'}; bring back what is "
+                             "missing from a copy, or start again: move the folder away, or give another --out")
+    return newest
 
 
 def held_out(policy: Policy, test: list[Record], cfg: Config, folder: Path, step: int, ends: bool,
@@ -778,6 +795,10 @@ def group_lines(batch: Batch, responses: list[list[Response]], rewards: Rewards,
     return lines
 
 
+NO_SIGNAL = ("Read responses.jsonl, then try easier or harder stages (--stage), a larger --group-size, or another "
+             "model.")
+
+
 def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
     """Say what will keep a run from learning, while it is cheap to stop."""
     if metrics["format"] < 0.5:
@@ -787,8 +808,7 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
                    + (", or --prompt think." if cfg.prompt == "observe" else "."))
     if metrics["signal"] == 0:
         tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
-                   f"{metrics['all_wrong']:.0%} all wrong. Try easier or harder stages (--stage), a larger "
-                   "--group-size, or another model; read responses.jsonl first.")
+                   f"{metrics['all_wrong']:.0%} all wrong. {NO_SIGNAL}")
 
 
 T = TypeVar("T")
@@ -840,8 +860,8 @@ def environment() -> dict:
 
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    found = [(package.metadata["Name"], package.version) for package in importlib.metadata.distributions()]
-    packages = {name: version for name, version in found if name}  # (half-removed ones have no name)
+    # (half-removed ones have no name)
+    packages = {package.name: package.version for package in importlib.metadata.distributions() if package.name}
     changes = git("status", "--porcelain", "--", "*.py")
     return {"commit": git("rev-parse", "HEAD"), "uncommitted": None if changes is None else bool(changes),
             "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
@@ -853,6 +873,10 @@ def environment() -> dict:
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
@@ -871,7 +895,9 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             policy.sampler.save_pretrained(aside, state_dict=weights)
             policy.processor.tokenizer.save_pretrained(aside)
-            policy.processor.image_processor.save_pretrained(aside)
+            pictures = copy.copy(policy.processor.image_processor)
+            pictures.size = policy.processor.own_size
+            pictures.save_pretrained(aside)
             (aside / "trainer").mkdir()
         del weights
         gather_shares([True])  # the folder is there
@@ -894,8 +920,8 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         left, free = checkpoints(run), shutil.disk_usage(run).free / 1e9
         raise OSError(f"{path} could not be saved: {error} ({free:.2f} GB are free). The checkpoints before it are "
-                      f"whole, the newest is {left[-1].name if left else 'none'}. Make room, or lower --keep, then go "
-                      "on with --resume") from error
+                      f"whole, the newest is {left[-1].name if left else 'none: move the folder away'}. Make room, or "
+                      f"lower --keep, then {'go on with --resume' if left else 'start again'}") from error
 
 
 def moments(policy: Policy) -> dict[str, torch.Tensor]:
@@ -963,7 +989,7 @@ def newest_whole(run: Path) -> Path | None:
 def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
     """Name the checkpoint of highest held-out accuracy (the earliest, of equals) in best.json; delete all but this and
     the newest `keep`. evals: step -> greedy accuracy."""
-    there = {int(path.name.split("-")[1]): path for path in checkpoints(run)}
+    there = {step_of(path): path for path in checkpoints(run)}
     scored = [step for step in there if step > 0 and step in evals]
     best = max(scored, key=lambda step: (evals[step], -step), default=None)
     if best is not None:
@@ -973,33 +999,33 @@ def mark_best_and_prune(run: Path, evals: dict[int, float], keep: int) -> None:
             shutil.rmtree(there[step])
 
 
-def read_lines(path: Path) -> list[dict]:
-    with open(path) as file:
-        return [json.loads(line) for line in file]
-
-
-def cut_log(path: Path, last_step: int) -> list[dict]:
-    """Lines of a log up to last_step; later ones, and what a killed process left of a line, are cut off the file.
-
-    Raises ValueError for a log that ends before last_step, the newest checkpoint's: it is another run's.
-    """
-    lines, size = [], 0
-    with open(path, "a+b") as file:
-        file.seek(0)
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break
-            if line["step"] > last_step or not text.endswith(b"\n"):
-                break
+def read_log(path: Path, last: float = math.inf, cut: bool = False) -> list[dict]:
+    """A log's lines up to step `last`, without what a killed process left after them: lines of later steps, part of a
+    line. cut: these are cut off the file. Raises ValueError where lines that are to be kept come after such a one."""
+    lines, size, broken = [], 0, 0
+    for number, text in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        try:
+            line = json.loads(text)
+            past = line["step"] > last
+        except (ValueError, KeyError, TypeError):
+            past = True
+        if past or not text.endswith(b"\n"):
+            broken = broken or number
+        elif broken:
+            raise ValueError(f"{path}, line {broken}: broken, or of a later step than lines after it, which would be "
+                             "lost; mend it, bring the log back from a copy, or start a new run with another --out")
+        else:
             lines.append(line)
             size += len(text)
-        if last_step > 0 and (not lines or lines[-1]["step"] < last_step):
-            raise ValueError(f"{path} ends before step {last_step}, whose checkpoint lies beside it; restore the log, "
-                             "or start a new run with another --out")
-        file.truncate(size)
+    if cut:
+        path.touch()
+        os.truncate(path, size)
     return lines
+
+
+def answers_after(folder: Path, step: int) -> list[Path]:
+    """The files of held-out answers of later steps."""
+    return [file for file in (folder / "held-out").glob("step*-*.jsonl") if int(file.name[4:10]) > step]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -273,11 +274,14 @@ def draw(names: list[str], scores: dict[str, list], path: Path) -> None:
     """Accuracies with their intervals -> a PNG: a panel for each column, at most three in a row; a line a setting."""
     across = min(3, len(scores))
     down = -(-len(scores) // across)
-    figure = Figure(figsize=(5 * across + 2, down * (1.5 + .4 * len(names))), layout="constrained")
+    labels = [textwrap.fill(name, 40) for name in names]  # (in one line a long one would leave the panels no room)
+    row = .4 + .16 * max(label.count("\n") for label in labels)  # inches
+    figure = Figure(figsize=(5 * across + 3, down * (1.5 + row * len(names))), layout="constrained")
     axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
     for axis, column in zip(axes, scores):
-        axis.set(title=f"{column}: accuracy, 95% interval", yticks=range(len(names)), ylim=(len(names) - .5, -.5))
-        axis.set_yticklabels(names, parse_math=False)
+        axis.set(yticks=range(len(names)), ylim=(len(names) - .5, -.5))
+        axis.set_title(textwrap.fill(f"{column}: accuracy, 95% interval", 45), parse_math=False)
+        axis.set_yticklabels(labels, parse_math=False)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         for y, found in enumerate(scores[column]):
             if found:

@@ -132,11 +132,27 @@ def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
         assert image.width < 2000 and image.height < 2000
 
 
+def test_a_long_label_is_wrapped_and_the_panels_keep_their_room(tmp_path):
+    """Labels as long as a folder's name were cut at the edge, and left the panels no width at all."""
+    found = {"a": [(.5, [.4, .6], 10)]}
+    for length in (10, 150):
+        compare.draw(["x" * length], found, tmp_path / f"{length}.png")
+    dark = []
+    for length in (10, 150):
+        with Image.open(tmp_path / f"{length}.png") as image:
+            pixels = np.asarray(image.convert("L")) < 128
+        assert not pixels[:, 0].any(), "cut at the left edge"
+        dark.append(int(pixels.any(0).nonzero()[0].min()))
+        frame = pixels.sum(1).max()  # the longest line is a side of the panel
+        assert frame > 300
+    assert all(dark)
+
+
 def test_technical_settings_are_settings():
     """One misspelt, or not marked as technical, would make of every value of it another setting."""
     assert set(compare.TECHNICAL) < asdict(Config()).keys()
     assert set(compare.TECHNICAL) == {"micro_tokens", "rollout_rows", "gradient_checkpointing", "save_every", "keep",
-                                      "tracker", "offload"}
+                                      "max_steps", "tracker", "offload"}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

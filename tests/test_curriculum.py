@@ -441,8 +441,6 @@ def test_data_that_cannot_make_a_ladder_is_refused_before_hours_are_lost(command
     twin.write_bytes(raw.read_bytes())
     refused("twin.parquet: the id 'test-.*' stands in .*raw.parquet too", "--data", raw, twin, "--model", MODEL)
     refused("no Qwen|not a Qwen", "--data", raw, "--model", tmp_path)
-    refused("--temperature 0.0 is out of range", "--data", raw, "--model", MODEL, "--temperature", 0)
-    refused("--low-complexity 1.0 is no quantile", "--data", pool, "--low-complexity", 1)
     with pytest.raises(ValueError, match="would write over the ladder"):
         command("--data", TOY / "ladder", "--out", TOY / "ladder")
     broken = replace(load_records(str(raw))[0], id="broken", images=(b"no picture",))
@@ -456,6 +454,34 @@ def test_data_that_cannot_make_a_ladder_is_refused_before_hours_are_lost(command
     assert len(usable()) == 2 and len(usable()) == 2, "begun, and gone on with"
     (tmp_path / "out/dropped.json").unlink()
     assert len(usable()) == 2, "killed between its two files"
+
+
+@pytest.mark.parametrize("option, value", [
+    ("temperature", "0"), ("temperature", "nan"), ("temperature", "inf"), ("low-complexity", "1.5"), ("size", "0"),
+    ("low-complexity", "nan"), ("limit", "0"), ("seed", "-1"), ("max-tokens", "0"), ("max-pixels", "0"), ("rows", "0")])
+def test_numbers_that_cannot_be_meant_are_refused_by_option(command, capsys, option, value):
+    """--temperature nan built a ladder from greedy rollouts."""
+    with pytest.raises(SystemExit):
+        command("--data", "x", "--out", "y", f"--{option}={value}", call=parse_args)
+    assert f"argument --{option}: {value}" in capsys.readouterr().err.replace(f"{value}.0 ", f"{value} ")
+
+
+def test_show_writes_nothing(command, tmp_path, monkeypatch, capsys):
+    """It once drew a picture into whatever folder one was in."""
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (TOY / "ladder").iterdir()}
+    command("show", TOY / "ladder")
+    assert "| stage" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in (TOY / "ladder").iterdir()} == before
+
+
+def test_data_without_a_picture_say_so_before_they_are_measured(command, raw, tmp_path, capsys):
+    """Pictures under a key that is not read are lost, and hours of rollouts measured a model that saw nothing."""
+    blind = tmp_path / "blind.jsonl"
+    blind.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": f"{i + 1}"}) + "\n" for i in range(3)))
+    for data, told in ((blind, True), (raw, False)):
+        command("--data", data, "--model", MODEL, "--out", tmp_path / data.stem, call=lambda: prepare(parse_args()))
+        assert ("has a picture; if some should" in capsys.readouterr().err) == told
 
 
 def test_files_measured_with_different_settings_do_not_mix(command, pool, tmp_path):

@@ -103,6 +103,67 @@ def test_without_a_whole_checkpoint_nothing_is_trained_over(small, copy):
     assert ((copy / "metrics.jsonl").read_text(), checkpoints(copy)) == before
 
 
+def state(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def spoil(path: Path, number: int) -> None:
+    """Line `number` of a log, from 1, is cut in its middle; the others stay."""
+    kept = path.read_bytes().splitlines(keepends=True)
+    kept[number - 1] = kept[number - 1][:20] + b"\n"
+    path.write_bytes(b"".join(kept))
+
+
+def ends_at(path: Path, step: int) -> None:
+    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
+
+
+def without_checkpoints(run: Path) -> None:
+    for path in checkpoints(run):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("harm, told", [
+    (without_checkpoints, "metrics.jsonl ends at step 6, the newest checkpoint is missing; .* from a copy, or start"),
+    (lambda run: (without_checkpoints(run), (run / "metrics.jsonl").unlink(), shutil.rmtree(run / "held-out")),
+     "responses.jsonl ends at step 6, the newest checkpoint is missing"),
+    (lambda run: (without_checkpoints(run), [file.unlink() for file in run.glob("*.jsonl")]),
+     "metrics.jsonl is missing or empty, the newest checkpoint is missing"),
+    (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing .* is checkpoint-000006"),
+    (lambda run: (run / "responses.jsonl").unlink(), "responses.jsonl is missing .* checkpoint-000006"),
+    (lambda run: ends_at(run / "metrics.jsonl", 5), "metrics.jsonl ends at step 5"),
+    (lambda run: ends_at(run / "responses.jsonl", 4), "responses.jsonl ends at step 4"),
+    (lambda run: spoil(run / "metrics.jsonl", 3), "metrics.jsonl, line 3: broken"),
+    (lambda run: spoil(run / "responses.jsonl", 20), "responses.jsonl, line 20: broken")],
+    ids=["no checkpoint", "answers alone", "held-out alone", "no metrics", "no responses", "metrics end", "answers end",
+         "metrics broken", "answers broken"])
+def test_where_log_and_checkpoints_disagree_nothing_is_lost(small, copy, harm, told):
+    """--resume of a run whose checkpoints were not copied along began at 0 and cut its log from 12 lines to 2; a line
+    that cannot be read cut off all that came after it."""
+    harm(copy)
+    before = state(copy)
+    with pytest.raises(ValueError, match=told):
+        main([*small, "--out", str(copy), "--resume"])
+    assert state(copy) == before
+
+
+def test_what_a_killed_process_left_is_trained_again(small, copy, whole_run):
+    """Steps after the newest checkpoint, and half a line; and of a run killed in its first step the responses."""
+    shutil.rmtree(copy / "checkpoint-000006")
+    for name in ("metrics.jsonl", "responses.jsonl"):
+        cut(copy / name)
+    main([*small, "--out", str(copy), "--resume"])
+    same_run(copy, whole_run)
+    without_checkpoints(copy)
+    ends_at(copy / "metrics.jsonl", 0)
+    ends_at(copy / "responses.jsonl", 1)
+    for file in (copy / "held-out").glob("step*[1-9]-*"):
+        file.unlink()
+    main([*small, "--out", str(copy), "--resume"])
+    same_run(copy, whole_run)
+
+
 def test_best_is_kept_and_the_earliest_of_equals(tmp_path):
     for step in range(1, 7):
         (tmp_path / f"checkpoint-{step:06d}").mkdir()
@@ -272,12 +333,11 @@ def test_held_out_problems_that_were_answered_before_a_stop_are_not_answered_aga
 
 
 def test_a_run_of_an_older_version_is_refused_in_one_line(small, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "checkpoint-000002").mkdir()
-    for resume in ([], ["--resume"]):
-        with pytest.raises(ValueError, match="older version of this code, .* or another --out") as error:
-            main([*small, "--out", str(tmp_path), *resume])
-        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="older version of this code; .* or give another --out") as error:
+        main([*small, "--out", str(tmp_path), "--resume"])
+    assert "\n" not in str(error.value)
 
 
 # --- data and models of others ---------------------------------------------------------------------------------------
@@ -363,6 +423,10 @@ def undrawn(options: list[str]) -> None:
 
 
 def start(options: list[str], run: Path):
+    if (run / "settings.json").exists() and not checkpoints(run) and "reward" in (run / "metrics.jsonl").read_text():
+        with pytest.raises(ValueError, match="metrics.jsonl ends at step .* the newest checkpoint is missing"):
+            train.find_run(train.parse_config([*options, "--out", str(run), "--resume"]))
+        shutil.rmtree(run)  # killed between its first step and its first checkpoint: it begins anew
     resume = ["--resume"] if (run / "settings.json").exists() else []
     process = context.Process(target=undrawn, args=([*options, "--out", str(run), *resume],))
     process.start()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -442,6 +443,48 @@ def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):
         load_policy(str(tmp_path))
     with pytest.raises(ValueError, match="not a model folder"):
         load_policy(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2')
+    for load in (load_policy, Processor):
+        with pytest.raises(ValueError, match="/config.json' is not a valid JSON"):
+            load(str(tmp_path))
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Run rollout.py with these arguments, in this process."""
+    def run(*arguments) -> None:
+        monkeypatch.setattr(sys, "argv", ["rollout.py", "--question", "?", *map(str, arguments)])
+        rollout.main()
+
+    return run
+
+
+@pytest.mark.parametrize("option, value", [
+    ("samples", "0"), ("temperature", "-1"), ("temperature", "nan"), ("max-tokens", "0"), ("max-pixels", "0"),
+    ("seed", "-1"), ("seed", "x")])
+def test_numbers_that_cannot_be_meant_are_refused_by_option(command, capsys, option, value):
+    """--temperature -1 was greedy, --samples 0 divided by zero."""
+    with pytest.raises(SystemExit):
+        command("--model", "m", f"--{option}={value}")
+    assert f"argument --{option}: " in capsys.readouterr().err
+
+
+def test_a_picture_is_looked_at_before_the_model_is_loaded(command, tmp_path):
+    """A wrong path was told after minutes of loading, and not by name."""
+    (tmp_path / "page.png").write_text("<html>")
+    for name in ("page.png", "none.png"):
+        with pytest.raises(ValueError, match=f"{name}: cannot use its picture"):
+            command("--model", tmp_path / "nowhere", "--image", tmp_path / name)
+
+
+def test_a_picture_is_shrunk_as_in_training_if_asked(command, tmp_path, capsys):
+    """What a policy saw at --max-pixels it could not be asked about; and it says what it is at."""
+    (tmp_path / "x.png").write_bytes(picture(112, 84, 0))
+    said = []
+    for options in ([], ["--max-pixels", 4 * 28 * 28]):
+        command("--model", TOY / "model", "--image", tmp_path / "x.png", "--max-tokens", 160, *options)
+        said.append(capsys.readouterr())
+    assert said[0].out != said[1].out and all("loading" in s.err and "answering" in s.err for s in said)
 
 
 def test_prompts_are_refused_never_cut(processor, mixed):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -324,6 +325,9 @@ def test_presets_then_options_prevail():
     (["--stage", "9"], "--stage 9"), (["--stage", "3-1"], "--stage 3-1"), (["--stage", "first"], "--stage first"),
     (["--temperature", "0"], "--temperature"), (["--preset", "3b"], "needs --data"), (["--lr", "-1"], "--lr"),
     (["--bonus", "-0.1"], "--bonus"), (["--max-pixels", "0"], "--max-pixels"), (["--lr", "nan"], "--lr"),
+    (["--bonus-floor", "-5"], "--bonus-floor -5 is out of range"), (["--seed", "-1"], "--seed -1 is out of range"),
+    (["--lr", "inf"], "--lr inf"), (["--updates-per-rollout", "0"], "--updates-per-rollout 0"),
+    (["--max-steps", "-1"], "--max-steps"), (["--model", ""], "--model is empty"),
     (["--warmup", "5"], "--warmup"), (["--eval-limit", "-3"], "--eval-limit"), (["--tracker", "wandb"], "pip install")])
 def test_settings_that_cannot_be_meant_are_refused(args, told):
     with pytest.raises(ValueError, match=told):
@@ -339,6 +343,16 @@ def test_unknown_options_exit(args, capsys):
     assert args[0] in capsys.readouterr().err
 
 
+def test_another_model_asks_for_a_preset(tmp_path, monkeypatch):
+    """Without one a model of 3B was trained at the toy's lr of 1e-4, on pictures of 224 x 224, without a word."""
+    with pytest.raises(ValueError, match="--model Qwen/Qwen2.5-VL-3B-Instruct: give a --preset .*lr 0.0001"):
+        parse_config(["--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--data", "d"])
+    assert parse_config(["--model", "other", "--preset", "toy"]).lr == 1e-4
+    assert parse_config(["--model", "other", "--preset", "3b", "--data", "d"]).lr == 1e-6
+    monkeypatch.chdir(TOY.parent)
+    assert parse_config(["--model", "toy/model"]).preset == "toy", "the toy itself, however it is named"
+
+
 def test_stages():
     assert parse_stages("all") is None and list(parse_stages("0-3")) == [0, 1, 2, 3] and list(parse_stages("8")) == [8]
 
@@ -349,6 +363,19 @@ def test_help_tells_the_defaults_of_the_preset(capsys):
         with pytest.raises(SystemExit):
             parse_config([*args, "--help"])
         assert f"peak learning rate of AdamW (default: {lr})" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_names_each_option_once(capsys):
+    """A switch stood there as `--resume, --no-resume` with one text for both, and four times in all."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    told = capsys.readouterr().out
+    assert "--no-SWITCH" in told and "--no-resume" not in told
+    for name in Config.__dataclass_fields__:
+        assert len(re.findall(rf"^  --{name.replace('_', '-')}\b(?!-)", told, re.M)) == 1, name
+    for name in ("skip-bad", "gradient-checkpointing"):
+        on, off = parse_config([f"--{name}"]), parse_config([f"--no-{name}"])
+        assert (vars(on)[name.replace("-", "_")], vars(off)[name.replace("-", "_")]) == (True, False)
 
 
 def test_every_setting_has_help_and_a_checked_default():
@@ -434,6 +461,26 @@ def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
 
 
+def test_max_steps_is_the_same_run_stopped_earlier(small, whole_run, tmp_path, capsys):
+    """Its learning rates are the whole run's; given again, it takes no step too many."""
+    run = tmp_path / "run"
+    for _ in range(2):
+        main([*small, "--out", str(run), "--max-steps", "3", *(["--resume"] if run.exists() else [])])
+        told = capsys.readouterr().out
+        assert "stopped after step 3, saved; the same command with --resume and a larger --max-steps goes on" in told
+        assert lines(run) == lines(whole_run)[:5] and "the weights are what they were" not in told
+    main([*small, "--out", str(run), "--resume"])
+    assert lines(run) == lines(whole_run)
+
+
+def test_a_checkpoint_has_the_image_processor_of_its_base(small, tmp_path):
+    """With the training's max_pixels in it, plain transformers would shrink every picture to a toy's 224 x 224."""
+    run, base = tmp_path / "run", json.loads((TOY / "model/preprocessor_config.json").read_text())
+    for step, resume in ((1, []), (2, ["--resume"])):
+        main([*small, "--max-pixels", "3136", "--max-steps", str(step), "--out", str(run), *resume])
+        assert json.loads((run / f"checkpoint-00000{step}/preprocessor_config.json").read_text()) == base
+
+
 def test_a_non_finite_loss_stops_the_run_and_names_its_problems(small, tmp_path, monkeypatch):
     """At the third step: the checkpoint of the second is whole, and the run can be resumed from it."""
     real, run = train.group_rewards, tmp_path / "nan"
@@ -484,7 +531,7 @@ def test_bad_data_stops_before_training_and_says_what_to_do(small, tmp_path, tes
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt/config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="gpt: not a Qwen vision-language model"):
-        main(["--model", str(tmp_path / "gpt"), *small, "--out", str(tmp_path / "a")])
+        main(["--preset", "toy", "--model", str(tmp_path / "gpt"), *small, "--out", str(tmp_path / "a")])
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": \n')
     with pytest.raises(ValueError, match="data.jsonl, line 2"):
         main(["--data", str(data), *options, "--out", str(tmp_path / "b")])
@@ -501,8 +548,13 @@ def test_trains_on_text_without_a_ladder(small, tmp_path, capsys):
     """Any verifiable data, unmeasured and without pictures; and a first rollout that cannot teach says so."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": f"Word {i}?", "answer": "99999"}) + "\n" for i in range(4)))
-    main(["--data", str(data), *small[4:], "--test", "", "--order", "random", "--out", str(tmp_path / "run"),
-          "--kl-coef", "0.1"])
-    assert "no group of the first rollout has a signal" in capsys.readouterr().out
+    options = ["--data", str(data), *small[4:], "--test", "", "--order", "random", "--out"]
+    main([*options, str(tmp_path / "run"), "--kl-coef", "0.1"])
+    told = capsys.readouterr()
+    assert "no group of the first rollout has a signal" in told.out
+    assert "the weights are what they were" not in told.out, "a KL, which every group has, moves them"
+    assert "none of the 4 problems has a picture" in told.err, "lost on the way, they would be missed by nobody"
     log = lines(tmp_path / "run")
     assert [line["stage"] for line in log] == [None] and log[0]["ref_kl"] >= 0 and "observation" not in log[0]
+    main([*options, str(tmp_path / "still")])
+    assert "the weights are what they were" in capsys.readouterr().out, "it ended as any other run does"
