@@ -172,31 +172,6 @@ def open_image(image, record_id: str) -> Image.Image:
         raise ValueError(f"record {record_id}: cannot use its picture: {told}") from error
 
 
-NO_PICTURES = {rb"(?s).{4}ftyp(?:hei|hev|mif|msf)": "HEIC", rb"(?s).{4}ftypavi": "AVIF", rb"\s*(?:<\?xml.*)?<svg": "SVG",
-               rb"%PDF": "PDF", rb"%!PS": "PostScript", rb"(?i)\s*<(?:!doctype )?html": "a page of HTML, not the picture",
-               rb"version https://git-lfs": "a pointer of Git LFS, not the picture: run `git lfs pull`"}
-
-
-def what_it_is(image) -> str:
-    """What a file that is none of PICTURE_FORMATS is, and what to do, as far as its first bytes tell."""
-    try:
-        head = image[:200] if isinstance(image, bytes) else Path(image).open("rb").read(200)
-    except (OSError, TypeError):
-        return ""
-    found = next((name for start, name in NO_PICTURES.items() if re.match(start, head)), "of an unknown format")
-    return f" (it is {found}; bring it as {', '.join(PICTURE_FORMATS)})"
-
-
-def template_beside(path: str) -> str:
-    """The chat template of a model that has it in a file of its own. ValueError: it has none."""
-    for file in (Path(path) / "chat_template.jinja", Path(path) / "chat_template.json"):
-        if file.exists():
-            text = file.read_text("utf-8")
-            return text if file.suffix == ".jinja" else json.loads(text)["chat_template"]
-    raise ValueError(f"{path}: neither its tokenizer nor a chat_template.jinja beside it tells how to write a chat; "
-                     "give an instruct model")
-
-
 class Processor:
     """Tokenizer and image processor of a Qwen-VL checkpoint.
 
@@ -482,7 +457,7 @@ def parsed(row) -> dict:
 
 NUMBERS = {"precision": int, "difficulty": float, "complexity": float, "stage": int}
 NOTHING = ("", "nan", "NaN")  # what a table's empty cell becomes on its way through pandas
-PICTURE_PARTS = ("bytes", "path", "url", "image", "image_url", "filename", "file_name", "base64", "data")  # of an object
+PICTURE_PARTS = ("bytes", "path", "url", "image", "image_url", "filename", "file_name", "base64", "data")  # keys
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
 
 
@@ -517,7 +492,7 @@ def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
 
     A list of numbers is one answer, such as a box; one of letters a multi-select; of other texts any is right.
     """
-    if isinstance(answer, str) and kind != "list" and re.match(r"""\s*\[\s*['"]""", answer):  # (a list that a table keeps as its text)
+    if isinstance(answer, str) and kind != "list" and re.match(r"""\s*\[\s*['"]""", answer):  # (as a table has it)
         answer = literal(answer)
     if not isinstance(answer, (list, tuple)):
         return text_of(answer, "answer"), kind
@@ -550,7 +525,7 @@ def read_choices(value) -> tuple[str, ...]:
         texts.pop()
     letters = [str(label).strip("(). :").upper() for label in labels[:len(texts)]]
     if letters != list(ascii_uppercase[:len(texts)]):
-        raise ValueError(f"its choices are called {', '.join(map(repr, labels))}; call them A, B, C, ..., or write a list")
+        raise ValueError(f"its choices are called {', '.join(map(repr, labels))}; call them A, B, ..., or write a list")
     texts = [text_of(text, f"choice {letter}") for letter, text in zip(letters, texts)]
     own = [re.match(rf"\s*\(?{letter}[).:：．]\s*(?=\S)", text) for letter, text in zip(letters, texts)]
     return tuple(text[mark.end():] if mark and all(own) else text for mark, text in zip(own, texts))
@@ -567,14 +542,14 @@ def literal(text: str):
 
 
 def read_meta(value) -> dict:
-    """`meta`, an object or its JSON; its keys that we give a meaning are checked: a run would fail on them much later."""
+    """`meta`, an object or its JSON. Keys that we give a meaning are checked: a run would fail on them much later."""
     meta = json.loads(value) if isinstance(value, str) else value
     if not isinstance(meta, dict):
         raise ValueError(f"its meta is {str(meta)[:80]!r}; write an object")
     facts, rollouts = meta.get("facts") or [], meta.get("rollouts", [{}])
     if not isinstance(facts, list) or not all(isinstance(fact, str) and fact.strip() for fact in facts):
-        raise ValueError(f"its meta.facts are {str(facts)[:80]!r}; write a list of texts such as 'red 3', or rename the key")
-    told = {"answer": (str, type(None)), "accuracy": (int, float), "tokens": (int, float)}
+        raise ValueError(f"its meta.facts are {str(facts)[:80]!r}; write texts such as 'red 3', or rename the key")
+    told: dict[str, tuple] = {"answer": (str, type(None)), "accuracy": (int, float), "tokens": (int, float)}
     good = isinstance(rollouts, list) and rollouts and all(
         isinstance(rollout, dict) and all(isinstance(rollout.get(key), kind) for key, kind in told.items())
         for rollout in rollouts)
@@ -613,8 +588,8 @@ def read_picture(value, folders: tuple[Path, ...]) -> bytes | str | Picture:
     tried = [folder / (value + suffix) for suffix in ("", ".jpg", ".png") for folder in folders]  # (SceMQA has none)
     path = os.path.realpath(next(filter(Path.is_file, tried), tried[0]))  # follows symbolic links
     if not any(Path(path).is_relative_to(os.path.realpath(folder)) for folder in folders):
-        raise ValueError(f"its picture {value} is outside {folders[0]}; name its folder with `data.py any --images`, or "
-                         "move the pictures beside the file")  # data from others must not open our other files
+        raise ValueError(f"its picture {value} is outside {folders[0]}; name its folder with `data.py any --images`, "
+                         "or move the pictures beside the file")  # data from others must not open our other files
     return path
 
 
@@ -655,8 +630,8 @@ def find_files(folder: Path, split: str, strict: bool = False) -> list[Path]:
         files = [file for file in files if file.name == "ladder.parquet"] or files
         found = {part for file in files for part in SPLITS & set(re.split(r"[\W_]+", file.stem))}
         if len(found) > 1:  # (a test split that is trained on)
-            raise ValueError(f"{folder} holds the splits {', '.join(sorted(found))}; give one, as in {folder}@train, or "
-                             "one of its files")
+            raise ValueError(f"{folder} holds the splits {', '.join(sorted(found))}; give one, as in {folder}@train, "
+                             "or one of its files")
         return files
     of_split = [file for file in files if re.fullmatch(rf"({split})([-_]\d+-of-.*)?", file.stem)  # testmini is not test
                 or file.parent != folder and file.parent.name == split]
@@ -705,7 +680,8 @@ def file_rows(file: Path) -> Iterator[tuple[int, Any]]:
     elif file.suffix == ".parquet":
         yield from enumerate(parquet_rows(file), 1)
     else:
-        raise ValueError(AS_TABLE.format(file) if file.suffix in (".xlsx", ".xls") else f"it is not {', '.join(SUFFIXES)}")
+        sheet = file.suffix in (".xlsx", ".xls")
+        raise ValueError(AS_TABLE.format(file) if sheet else f"it is not {', '.join(SUFFIXES)}")
 
 
 AS_TABLE = ("a spreadsheet; make a table of it: python -c \"import pandas; pandas.read_excel('{0}').to_csv('{0}.tsv', "
@@ -762,8 +738,8 @@ def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, di
             line = table.line_num
             for cells in table:
                 if cells and len(cells) != len(names):
-                    yield line + 1, ValueError(f"it has {len(cells)} cells, the header {len(names)}; mend the row, or a "
-                                               "quote before it")
+                    yield line + 1, ValueError(f"it has {len(cells)} cells, the header {len(names)}; mend the row, "
+                                               "or a quote before it")
                 elif cells:
                     yield line + 1, {name: cell for name, cell in zip(names, cells) if name and cell}
                 line = table.line_num
@@ -776,7 +752,8 @@ def cell_rows(file: Path) -> Iterator[tuple[int, dict | ValueError]]:
     """Rows of a table, a hint before its question. VLMEvalKit's have an `index`, and the picture in base64 or the index
     of an earlier row that holds it."""
     pictures: dict[str, str] = {}
-    for line, row in read_cells(file):
+    for line, cells in read_cells(file):
+        row: Any = cells
         if isinstance(row, dict):
             row |= {"question": f"Hint: {row.pop('hint')}\n{row.get('question', '')}"} if "hint" in row else {}
             if index := row.pop("index", ""):
@@ -840,24 +817,26 @@ def table_rows(table: datasets.Dataset, name: str) -> Iterator[dict]:
 # --- formats of others ------------------------------------------------------------------------------------------------
 
 PICTURES = """images image image_path image_paths image_file image_files image_url image_urls img imgs img_path imgname
-file_name file_names image_file_name picture pictures decoded_image""".split()  # names of a row's pictures, in this order
+file_name file_names image_file_name picture pictures decoded_image""".split()  # a row's pictures, in this order
 LOOKS = re.compile(r"(?i)(?:\w+_)?(?:image|img|picture|photo|figure|screenshot|video)s?"
                    r"(?:_?(?:path|file|name|url|base64|b64|bytes|list|\d+))*")  # the name of a picture
 PICTURE_NAME = re.compile(r"(?i)data:image/.*|[^\n]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|heic|avif|mp4)")
 GOLDS = ("answers", "answer", "solution", "ground_truth", "gt")
 ROLES = {"human": "user", "gpt": "assistant"}
 KINDS = {"integer": "number", "float": "number"}  # what MathVista calls them
-# What other trainers add to a question: where a sentence of it may begin, what tells it, and what makes one stay that
-# the question needs; and the paragraph that stands before a question.
-BEGINS = (r"(?:[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You (?i:first|must)|Let's|(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)"
-          r"\b|A conversation)))")
-INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|reasoning\ process|internal\ (?:monologue|dialogue)
-    |step[ -]by[ -]step|\boption(?:'s)?\ letter|letter\ from|single\ (?:word|number)|from\ the\ options\ above|the\ Assistant
-    |(?:your|final)\ answer|json\ format|following\ format|follow\ the\ format|if\ you\ were\ a\ human|self-reflection|^\.+$
-    |a\ conversation\ between|with\ reasoning\.|preceding\ multiple|of\ your\ response|\#{4}""")
+# What other trainers add to a question: where a sentence of theirs may begin, what tells it, and what makes one stay
+# that the gold depends on; and the paragraph that stands before a question.
+BEGINS = r"""(?x)[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
+             |(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)\b))"""
+INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\.+$|reasoning\ process|own\ line
+    |internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step|with\ reasoning\.
+    |\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)|from\ the\ options\ above
+    |preceding\ multiple\ choice|of\ your\ response|answer\ in\ json|respond\ in\ the\ following\ format
+    |strictly\ follow\ the\ format|between\ user\ and\ assistant|the\ assistant\ (?:first|solves)""")
 NEEDED = re.compile(r"(?i)\bround|decimal|\bunits?\b|degree|nearest|<image>")
-PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*(?:Hint:\ Please|Please\ (?:first|directly)|You\ should\ first|Solve\ the\ following)
-    ((?:(?!\n\n|\nQuestion:).)*)(?:\n+Question:|\n\n)\s*""")
+PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*
+    (?:Hint:\ Please|Please\ (?:first|directly)|You\ should\ first|Solve\ the\ following)((?:(?!\n\n|\nQuestion:).)*)
+    (?:\n+Question:|\n\n)\s*""")
 
 
 def any_fields(row: dict, said: Counter) -> dict:
@@ -871,7 +850,7 @@ def any_fields(row: dict, said: Counter) -> dict:
         raise ValueError(f"the keys {', '.join(map(repr, row))} are of no known format; each has its own key: {known}")
     try:
         question, shown, reply = _asked(left, kind)
-        fields = {"id": left.pop("id", ""), "images": shown or _pictures(left), "meta": {},
+        fields: dict = {"id": left.pop("id", ""), "images": shown or _pictures(left), "meta": {},
                   "source": left.pop("data_source", left.pop("source", ""))}
         if kind == "question":
             fields |= {name: left.pop(name) for name in ("answer_type", "meta", *NUMBERS) if name in left}
@@ -882,7 +861,7 @@ def any_fields(row: dict, said: Counter) -> dict:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
     several = reply is None and golds[:1] == ["answers"]
     if several and left.get("answer", gold[0]) not in gold:
-        raise ValueError(f"its answer {left['answer']!r} is none of its answers {gold}, of which any is right; rename one")
+        raise ValueError(f"its answer {left['answer']!r} is none of its answers, of which any is right: {gold}")
     if several:
         left.pop("answer", None)
     lettered = [left.pop(letter, "") for letter in ascii_uppercase]  # (VLMEvalKit's columns)
@@ -906,7 +885,7 @@ def any_fields(row: dict, said: Counter) -> dict:
                      "meta": rest | read_meta(fields["meta"])}
 
 
-def _asked(left: dict, kind: str) -> tuple[Any, list, Any]:
+def _asked(left: dict, kind: str | None) -> tuple[Any, list, Any]:
     """What a row asks, taken out of it -> its text with `<image>` marks, the pictures that its chat holds, and the gold
     where that stands with it: the reply of a conversation, verl's ground truth."""
     asked, reply = left.pop(kind), None
@@ -916,8 +895,10 @@ def _asked(left: dict, kind: str) -> tuple[Any, list, Any]:
         asked, reply = left.pop("prompt"), asked["ground_truth"]
     chat = isinstance(asked, str) and (kind != "prompt" or asked.startswith("[{"))
     turns = json.loads(asked) if chat else [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    said = [(ROLES.get(role := turn.get("role", turn.get("from")), role), turn.get("content", turn.get("value")))
-            for turn in turns]
+    said: list[tuple] = []
+    for turn in turns:
+        role = str(turn.get("role", turn.get("from")))
+        said.append((ROLES.get(role, role), turn.get("content", turn.get("value"))))
     said = [turn for turn in said if turn[0] != "system"]  # we set our own
     if [role for role, _ in said] not in (["user"], ["user", "assistant"]):
         raise ValueError(f"its conversation has {len(said)} turns; only one question and its answer can be used")
@@ -945,8 +926,8 @@ def _parts(content: list[dict] | str) -> tuple[str, list]:
 
 
 def _pictures(left: dict):
-    """What a row has under one of PICTURES, or as image_1, image_2, ..., taken out of it. ValueError for what looks like
-    a picture under another name, and for two that may be one."""
+    """What a row has under one of PICTURES, or as image_1, image_2, ..., taken out of it. ValueError for what looks
+    like a picture under another name, and for two that may be one."""
     if left.get("video") or left.get("videos"):
         raise ValueError("it has a video; only pictures can be used")
     for key in PICTURES:
@@ -1018,6 +999,34 @@ def _final_answer(solution):
     return text
 
 
+# --- what a picture or a model lacks ----------------------------------------------------------------------------------
+
+NO_PICTURES = {  # first bytes of what people take for pictures
+    rb"(?s).{4}ftyp(?:hei|hev|mif|msf)": "HEIC", rb"(?s).{4}ftypavi": "AVIF", rb"(?s)\s*(?:<\?xml.*)?<svg": "SVG",
+    rb"%PDF": "PDF", rb"%!PS": "PostScript", rb"(?i)\s*<(?:!doctype )?html": "a page of HTML",
+    rb"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`"}
+
+
+def what_it_is(image) -> str:
+    """What a file that is none of PICTURE_FORMATS is, and what to do, as far as its first bytes tell."""
+    try:
+        head = image[:200] if isinstance(image, bytes) else Path(image).open("rb").read(200)
+    except (OSError, TypeError):
+        return ""
+    found = next((name for start, name in NO_PICTURES.items() if re.match(start, head)), "of an unknown format")
+    return f" (it is {found}; bring it as {', '.join(PICTURE_FORMATS)})"
+
+
+def template_beside(path: str) -> str:
+    """The chat template of a model that has it in a file of its own. ValueError: it has none."""
+    for file in (Path(path) / "chat_template.jinja", Path(path) / "chat_template.json"):
+        if file.exists():
+            text = file.read_text("utf-8")
+            return text if file.suffix == ".jinja" else json.loads(text)["chat_template"]
+    raise ValueError(f"{path}: neither its tokenizer nor a chat_template.jinja beside it tells how to write a chat; "
+                     "give an instruct model")
+
+
 # --- written ----------------------------------------------------------------------------------------------------------
 
 def save_records(path: str, records: Iterable[Record]) -> None:
@@ -1080,7 +1089,7 @@ def _row(record: Record) -> dict:
 # --- converters -------------------------------------------------------------------------------------------------------
 # Each converter turns a published row (nulls left out) into fields of Record; all shapes and traps: tests/test_sources.
 
-MARK = r"(?<![\w°∠△\\])(?<!\w\()(?<!\b[A-Z]\.)([(\[]?)([A-J])([)\].:：．}])(?![A-Z]\.)"  # of an option; not of "D.C."
+MARK = r"(?<![\w°∠△\\])(?<!\w\()(?<!\b[A-Z]\.)([(\[]?)([A-J])([)\].:：．}])(?![A-Z]\.)"  # (not D.C.)
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
@@ -1158,7 +1167,8 @@ def _scemqa(row: dict) -> dict:
     answer = row.get("Answer (final answer highlighted)", "")
     golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", answer)]  # (one \anser)
     free = row["subject"].endswith("Free_Response")
-    fields = ({"question": row["Question"].strip(), "answers": golds} if free else _inline_choice(row["Question"], answer))
+    fields = {"question": row["Question"].strip(), "answers": golds}
+    fields = fields if free else _inline_choice(row["Question"], answer)
     return fields | {"id": f"{row['subject']}-{row['number']}", "images": row["ImagePath"],
                      "meta": {"subject": row["subject"].split("_")[0].lower(), "free_response": free}}
 
@@ -1189,9 +1199,11 @@ def _mathvista(row: dict) -> dict:
 def _mathverse(row: dict) -> dict:
     """Five versions of each problem; vision-only has no text of its own, and no options outside the picture."""
     text = row.get("question", "").strip() or "Answer the question in the image."
-    gold = re.sub(r"\\circ(?=[A-Za-z])", r"\\circ ", str(row.get("answer", "")).replace("掳", "°"))  # (° in a wrong encoding)
+    gold = str(row.get("answer", "")).replace("掳", "°")  # (read in a wrong encoding)
+    gold = re.sub(r"\\circ(?=[A-Za-z])", r"\\circ ", gold)
     gold = re.sub(r"\s*\bunits?\s*\$\^\{?[23]\}?\$", "", gold)  # 12 units $^{2}$
-    fields = (_inline_choice(text, gold) if row["question_type"] == "multi-choice" else {"question": text, "answer": gold})
+    fields: dict = {"question": text, "answer": gold}
+    fields = _inline_choice(text, gold) if row["question_type"] == "multi-choice" else fields
     return fields | {"id": row["sample_index"], "images": row.get("image"),
                      "meta": _meta(row, "problem_index", "problem_version", "question_type")
                      | _meta(row["metadata"], "subject", "subfield")}
@@ -1447,8 +1459,8 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
             lines.flush()
             first = json.loads(dropped_to.open().readline())["detail"] if dropped else "there are none"
             why = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common(3))
-            raise ValueError(f"none of the {dropped.total()} records can be used ({why}; the first: {first}); {dropped_to} "
-                             "says why")
+            raise ValueError(f"none of the {dropped.total()} records can be used ({why}; the first: {first}); "
+                             f"{dropped_to} says why")
 
     kept, dropped = Counter[str](), Counter[str]()
     dropped_to, report_to = (Path(out).with_suffix(end) for end in REPORTS)

@@ -822,20 +822,20 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
     known = {name: row.id for row in rows for name in (row.id, *(row.id.removeprefix(f"{s}-") for s in sources))}
     found: dict[str, list[dict]] = {}
     bad, jobs = [], set()
-    for number, line in response_rows(Path(path)):
+    for place, line in response_rows(Path(path)):
         try:
             line = parsed(line)
             names = [str(line[key]) for key in ANSWER_IDS if key in line]
             responses = read_response(line)
             name = next((name for name in names if name in known), "")
             if not name:
-                raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its ids "
-                                 f"are such as {rows[0].id!r}")
+                raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its "
+                                 f"ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
                 jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
             found.setdefault(known[name], []).extend(responses)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            bad.append(f"line {number}: {error}")
+            bad.append(f"line {place}: {error}")
     most = max(map(len, found.values()), default=0)
     bad += [f"{key}: {len(texts)} responses, others have {most}" for key, texts in found.items() if len(texts) != most]
     bad += [f"they are of {', '.join(sorted(jobs))}; leave the lines of one"] if len(jobs) > 1 else []
@@ -851,8 +851,8 @@ ANSWER_TEXTS = ("response", "prediction", "model_answer", "text")
 
 
 def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Numbered answers of JSON lines, of a JSON list, of a JSON object by id (of texts, lists of texts, or rows), or of a
-    table such as VLMEvalKit's."""
+    """Numbered answers of JSON lines, of a JSON list, of a JSON object by id (of texts, lists of texts, or rows), or of
+    a table such as VLMEvalKit's."""
     if not file.is_file():
         raise ValueError(f"--responses {file}: no such file")
     try:
@@ -945,18 +945,20 @@ def write_vlmevalkit(path: Path, benchmark: str, usable: list[tuple[Record, list
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint, or answers of another engine, on benchmarks.")
+    positive = number(int, 1)
     parser.add_argument("--model", help="Hugging Face folder or hub id; with --responses: what counts their tokens")
     parser.add_argument("--benchmark", default="toy", help=f"comma-separated: toy, {', '.join(BENCHMARKS)}; name=PATH "
                         "or name=ID@SPLIT reads a local copy or another split; or any file that data.py reads")
     parser.add_argument("--responses", help="answers of another engine: JSON lines, or a list, of {id, response}, "
                         "response a text or a list; a JSON object by id; or a .tsv of VLMEvalKit's")
     parser.add_argument("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: greedy (the default; toy: greedy, and 1 with 4 samples)")
-    parser.add_argument("--samples", type=number(int, 1), help="k of avg@k, maj@k, pass@k; at temperature 1 unless told otherwise")
-    parser.add_argument("--max-tokens", type=number(int, 1), help="longest response (default: 1024; toy: 160)")
-    parser.add_argument("--max-pixels", type=number(int, 1), help="area above which pictures are shrunk (default: the model's)")
-    parser.add_argument("--rows", type=number(int, 1), default=256, help="responses sampled at a time; less saves memory")
-    parser.add_argument("--limit", type=number(int, 1), help="first so many problems of each benchmark only")
+    parser.add_argument("--temperature", type=number(float, 0), help="0: greedy (default; toy: greedy, and 1 with 4 "
+                        "samples)")
+    parser.add_argument("--samples", type=positive, help="k of avg@k, maj@k, pass@k; at temperature 1 if not told")
+    parser.add_argument("--max-tokens", type=positive, help="longest response (default: 1024; toy: 160)")
+    parser.add_argument("--max-pixels", type=positive, help="area above which pictures are shrunk (default: model's)")
+    parser.add_argument("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
+    parser.add_argument("--limit", type=positive, help="first so many problems of each benchmark only")
     parser.add_argument("--skip-bad", action="store_true", help="go on without problems that cannot be used; they "
                         "count as wrong")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of sampling")

@@ -225,7 +225,7 @@ def test_answers_of_another_engine(tmp_path, vista, capsys):
         "mathvista-1": [{"text": "<answer>\n3</answer>", "tokens": None, "truncated": None}]}
     assert scores["truncated"] is None, "not said is not never"
     for row, message in (({"id": "9", "response": "x"}, "line 2: mathvista has no problem '9'"),
-                         ({"id": "1"}, "line 2: it has no 'response'"),
+                         ({"id": "1"}, "line 2: it has no response"),
                          ({"id": "1", "response": 3}, "line 2: its response is no text"),
                          ({"id": "1", "response": "3", "tokens": "12"}, "line 2: its tokens are '12'"),
                          ({"id": "1", "response": "3", "truncated": "no"}, "line 2: its truncated is 'no'"),

@@ -516,7 +516,7 @@ def test_command_reports_what_it_read_kept_and_dropped(tmp_path):
 
 def test_nothing_usable_is_an_error_and_no_file(tmp_path):
     out = tmp_path / "x.parquet"
-    with pytest.raises(ValueError, match="none of the 1 records can be used; .*x.dropped.jsonl says why"):
+    with pytest.raises(ValueError, match="none of the 1 records can be used .null gold 1.*x.dropped.jsonl says why"):
         save_usable([Dropped("a", "null gold", "")], str(out))
     assert not out.exists() and "null gold" in (tmp_path / "x.dropped.jsonl").read_text()
 
