@@ -41,8 +41,8 @@ import numpy as np
 from huggingface_hub import DatasetCardData
 from tqdm import tqdm
 
-from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, check_records, load_records, number,
-                  raise_or_skip, save_records)
+from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, check_records, load_records, number, parsed,
+                  raise_or_skip, read_cells, save_records, told_apart)
 from eval import (FREE, Result, begun, claim, data_digest, markdown, model_digest, read_json, render, roll_out,
                   section_of, vote, write_json, write_page)
 from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
@@ -351,25 +351,22 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
     Raises one ValueError that names every row that cannot be used, by line, with what to do.
     """
     try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
-    mark = ";" if ";" in text.partition("\n")[0] else ","  # spreadsheets of half of Europe write ;
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    if missing := {"id", "decision", "new_gold"} - set(table.fieldnames or ()):
-        raise ValueError(f"{path}: it has no column {', '.join(sorted(missing))}; edit the review.csv of a build")
+        rows = list(read_cells(path, ("id", "decision", "new_gold")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; edit the review.csv of a build, and save it as CSV in UTF-8"
+                         ) from error
     known = {record.id: record for record in records}
     decisions: dict[str, tuple[str, Record | None]] = {}
     bad = []
-    for row in table:
+    for line, row in rows:
         try:
-            if decided := read_decision(row, known):
+            if decided := read_decision(parsed(row), known):
                 row_id, decision, fixed = decided
                 if row_id in decisions:
                     raise ValueError(f"record {row_id!r} is decided twice; leave one of the rows")
                 decisions[row_id] = decision, fixed
         except ValueError as error:
-            bad.append(f"line {table.line_num}: {error}")
+            bad.append(f"line {line}: {error}")
     if bad:
         raise ValueError(f"{path}: {len(bad)} rows cannot be used:\n  " + "\n  ".join(bad[:20]) + "\nmend them")
     return decisions
@@ -377,7 +374,7 @@ def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[s
 
 def read_decision(row: dict, known: dict[str, Record]) -> tuple[str, str, Record | None] | None:
     """A row of review.csv -> id, decision, corrected record; None where nobody decided."""
-    row_id, decision, gold = ((row[name] or "").strip() for name in ("id", "decision", "new_gold"))
+    row_id, decision, gold = (row.get(name, "").strip() for name in ("id", "decision", "new_gold"))
     decision, gold = decision.lower(), re.sub("^'(?=[=+@-])", "", gold)  # (see cell)
     if not decision and not gold:
         return None
@@ -476,12 +473,15 @@ def report(ladder: list[Record]) -> str:
 # --- from the command line --------------------------------------------------------------------------------------------
 
 def load_all(paths: list[str], limit: int | None, skip_bad: bool) -> list[Record]:
-    """The records of all paths by id, at most `limit`. An id that stands in two of them is refused, or skipped."""
+    """The records of all paths by id, at most `limit`. Equal ids of two paths are told apart by these; one problem that
+    stands in both is refused, or skipped."""
     good: dict[str, tuple[Record, str]] = {}
     bad = []
     for path in paths:
         left = None if limit is None else limit - len(good)
         for record in load_records(path, left, skip_bad) if left != 0 else []:
+            if record.id in good and good[record.id][0].text != record.text:
+                record = replace(record, id=told_apart(record.id, path))
             if record.id in good:
                 bad.append(f"{path}: the id {record.id!r} stands in {good[record.id][1]} too; ids must be unique")
             else:

