@@ -830,9 +830,9 @@ KINDS = {"integer": "number", "float": "number"}  # what MathVista calls them
 BEGINS = r"""(?x)[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
              |(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)\b))"""
 INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\.+$|reasoning\ process
-    |own\ line|internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step|with\ reasoning\.
-    |\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)|from\ the\ options\ above
-    |preceding\ multiple\ choice|of\ your\ response|answer\ in\ json|respond\ in\ the\ following\ format
+    |own\ line|internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step
+    |with\ reasoning\.|\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)
+    |from\ the\ options\ above|preceding\ multiple|of\ your\ response|in\ json|respond\ in\ the\ following\ format
     |strictly\ follow\ the\ format|between\ user\ and\ assistant|the\ assistant\ (?:first|solves)""")
 NEEDED = re.compile(r"(?i)\bround|decimal|\bunits?\b|degree|nearest|<image>")
 PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*

@@ -43,7 +43,8 @@ def asked(**more) -> dict:
     ["red", "blue"], {"A": "red", "B": "blue"}, {"A": "red", "B": "blue", "C": None}, ["red", "blue", NAN],
     {"text": ["red", "blue"], "label": ["A", "B"]}, [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}],
     [{"text": "red", "label": "A"}, {"text": "blue", "label": "B"}], ["A. red", "B. blue"], ["(A) red", "(B) blue", ""],
-    "['red', 'blue']", '["red", "blue"]', "A. red\nB. blue", [["A", "red"], ["B", "blue"]], ["red", "blue", "nan", None]])
+    "['red', 'blue']", '["red", "blue"]', "A. red\nB. blue", [["A", "red"], ["B", "blue"]],
+    ["red", "blue", "nan", None]])
 def test_options_of_every_shape(tmp_path, choices):
     """{"A": "red", "B": "blue"} made "(A) A (B) B", and the model trained on it."""
     for name in ("choices", "options"):
@@ -54,15 +55,20 @@ def test_options_of_every_shape(tmp_path, choices):
 
 @pytest.mark.parametrize("row, told", [
     (asked(choices=["red", None, "blue"]), "choice B"), (asked(choices=["red", NAN, "blue"]), "choice B"),
-    (asked(choices={"1": "red", "2": "blue"}), "call them A, B"), (asked(choices={"B": "red", "C": "blue"}), "call them"),
+    (asked(choices={"1": "red", "2": "blue"}), "call them A, B"),
+    (asked(choices={"B": "red", "C": "blue"}), "call them"),
     (asked(choices="['red' 'blue']"), "lacks commas"), (asked(choices=["red", ["blue"]]), "choice B"),
     (asked(answer=NAN), "answer is empty"), (asked(answer="nan", choices=[]), "answer is empty"),
     (asked(answer=None), "it has no answer"), (asked(answer=True), "a bool"), (asked(answer={"a": 1}), "a dict"),
-    (asked(answers=[], answer=None), "it has no answer"), (asked(answers=["B", NAN]), "answer is empty"), (asked(id=NAN), "its id"),
-    (asked(answers=["red"]), "none of its answers"), (asked(id=["a"]), "its id"), (asked(question=5), "its question is 5"),
-    (asked(question=["a"]), "its question"), (asked(source=["a"]), "its source"), (asked(precision="low"), "its precision"),
+    (asked(answers=[], answer=None), "it has no answer"),
+    (asked(answers=["B", NAN]), "answer is empty"), (asked(id=NAN), "its id"),
+    (asked(answers=["red"]), "none of its answers"), (asked(id=["a"]), "its id"),
+    (asked(question=5), "its question is 5"),
+    (asked(question=["a"]), "its question"), (asked(source=["a"]), "its source"),
+    (asked(precision="low"), "its precision"),
     (asked(precision=True), "its precision"), (asked(difficulty=NAN), "its difficulty"), (asked(stage=9), "its stage"),
-    (asked(complexity=-1), "its complexity"), (asked(meta=[1]), "its meta"), (asked(meta={"facts": [1, 2]}), "meta.facts"),
+    (asked(complexity=-1), "its complexity"), (asked(meta=[1]), "its meta"),
+    (asked(meta={"facts": [1, 2]}), "meta.facts"),
     (asked(meta={"facts": ["red 3", None]}), "meta.facts"), (asked(meta={"facts": "red 3"}), "meta.facts"),
     (asked(meta={"rollouts": 8}), "meta.rollouts"), (asked(meta={"rollouts": [{"answer": "B"}]}), "meta.rollouts")])
 def test_a_value_of_another_type_is_refused_by_its_field(tmp_path, row, told):
@@ -188,7 +194,8 @@ def test_several_accepted_answers_have_a_field_of_their_own(tmp_path):
         ("Bob", "Robert"), ("2", "-2"), ("0.5", "1/2"), "Bob", "A, C", "[1, 2]"]
     save_records(str(tmp_path / "saved.parquet"), records)
     again = load_records(str(tmp_path / "saved.parquet"))
-    assert [(r.answer, r.answer_type, r.choices) for r in again] == [(r.answer, r.answer_type, r.choices) for r in records]
+    told = [[(r.answer, r.answer_type, r.choices) for r in some] for some in (again, records)]
+    assert told[0] == told[1]
     assert answer_matches("Robert", again[0]) and answer_matches("-2", again[1]) and not answer_matches("A", again[4])
 
 
@@ -199,7 +206,8 @@ FOREIGN = [lambda text, gold: {"problem": text, "answer": gold},
            lambda text, gold: {"prompt": [{"role": "user", "content": text}], "solution": f"<answer>{gold}</answer>"},
            lambda text, gold: {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": gold}},
            lambda text, gold: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": gold}]},
-           lambda text, gold: {"conversations": [{"from": "user", "value": text}, {"from": "assistant", "value": gold}]},
+           lambda text, gold: {"conversations": [{"from": "user", "value": text},
+                                                 {"from": "assistant", "value": gold}]},
            lambda text, gold: {"question": text, "answer": gold}]
 
 
@@ -214,7 +222,8 @@ def test_options_in_the_text_become_choices(tmp_path, row, gold):
 
 @pytest.mark.parametrize("text, gold", [
     ("In triangle ABC, A. is 3 and B. is 4. How long is C?", "5"), ("What is 3 + 4? Give your answer in cm.", "7"),
-    ("Solve for x, and round to two decimals. Answer in the unit m.", "7"), ("Which letter from the word is missing?", "T"),
+    ("Solve for x, and round to two decimals. Answer in the unit m.", "7"),
+    ("Which letter from the word is missing?", "T"),
     ("Find the final answer.", "7"), ("Output the value of f(3).", "7"), ("Please find x. Which number is it?", "7")])
 def test_a_question_that_needs_its_words_keeps_them(tmp_path, text, gold):
     [record] = load(tmp_path, {"problem": text, "answer": gold})
