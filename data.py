@@ -194,7 +194,7 @@ class Processor:
                 self.tokenizer.chat_template = template_beside(path)
             vocab = self.tokenizer.get_vocab()
             self.image_id: int = vocab["<|image_pad|>"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a Qwen vision-language model, or incomplete, and nothing of that name can "
                              f"be fetched ({error!r}); --model wants such a model's folder or hub id") from error
         if max_pixels is not None:
@@ -271,8 +271,9 @@ class Dropped(NamedTuple):
 def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = False) -> list[Record]:
     """The problems of a file, of a folder, or of a hub id with its split (`org/name@train`), at most `limit` of them.
 
-    Files: .jsonl, .json (a list of rows), .parquet, .tsv (VLMEvalKit's); a folder: its ladder.parquet, else all its
-    .parquet, .jsonl and .json. Pictures lie in the file or beside it: paths start at its folder and may not leave it.
+    Files: .parquet; .jsonl; .json, lines, a list of rows or rows by id; .csv; .tsv (VLMEvalKit's too). A folder: its
+    ladder.parquet, else all its files, if they are of one split; those of a split (`folder@train`); what `save_to_disk`
+    wrote. Pictures lie in the file or beside it: paths start at its folder and may not leave it.
     Raises ValueError: for a file that cannot be read; or one for all records that cannot be used, naming file, record
     and remedy. skip_bad drops such records instead, and prints them. No picture is opened: check_records does that.
     """

@@ -873,11 +873,14 @@ def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 def read_response(line: dict) -> list[dict]:
     """The responses that one line gives. Raises KeyError, TypeError or ValueError for what is none."""
-    texts = next((line[key] for key in ANSWER_TEXTS if key in line), None)
+    found = [key for key in ANSWER_TEXTS if key in line]
+    if not found:
+        raise ValueError(f"it has no response; write it under one of {', '.join(ANSWER_TEXTS)}")
+    texts = line[found[0]]
     tokens, cut = line.get("tokens"), line.get("truncated")
     texts = texts if isinstance(texts, list) else [texts]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"it has no response (under {', '.join(ANSWER_TEXTS)}) that is a text or a list of texts")
+        raise ValueError("its response is no text and no list of texts")
     if not isinstance(tokens, (int, float, type(None))):
         raise ValueError(f"its tokens are {tokens!r}, where a number is needed")
     if not isinstance(cut, (bool, type(None))):
