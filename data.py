@@ -510,13 +510,16 @@ def read_choices(value) -> tuple[str, ...]:
     """The texts of the options, in order, of the shapes that data has them in: a list; an object of letters, or of
     `text` and `label`; a list of objects; any of these, or lettered options, in one text. Empty last ones are dropped.
     """
-    if isinstance(value, str):
-        value = literal(value) if value.strip()[:1] in ("[", "{") else split_options(value)[1] or [value]
+    if isinstance(value, str) and value.strip() not in NOTHING:
+        value = literal(value) if value.strip()[:1] in ("[", "{") else split_options(value)[1]
+        if isinstance(value, tuple) and not value:
+            raise ValueError("its choices are one text; write a list of texts")
     if isinstance(value, dict) and value.keys() >= {"label", "text"}:
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, dict):
         labels, texts = list(value), list(value.values())
     else:
+        value = [] if isinstance(value, str) else value
         items = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
         pairs = bool(items) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items)
         if pairs and not re.fullmatch(r"\(?[A-Z][).:]?", str(items[0][0])):  # ({"text": .., "label": ..})
@@ -526,6 +529,8 @@ def read_choices(value) -> tuple[str, ...]:
     while texts and (texts[-1] is None or str(texts[-1]).strip() in NOTHING):
         texts.pop()
     letters = [str(label).strip("(). :").upper() for label in labels[:len(texts)]]
+    if len(texts) > len(ascii_uppercase):
+        raise ValueError(f"it has {len(texts)} choices, more than there are letters")
     if letters != list(ascii_uppercase[:len(texts)]):
         raise ValueError(f"its choices are called {', '.join(map(repr, labels))}; call them A, B, ..., or write a list")
     texts = [text_of(text, f"choice {letter}") for letter, text in zip(letters, texts)]
@@ -974,11 +979,20 @@ def lift_options(question: str, gold, offered, own: bool) -> tuple[str, Any]:
     golds = [str(item) for item in (gold if isinstance(gold, list) else [gold])]
     bare = re.sub(r"(?:\s*<image>)+\s*$", "", question)  # (pictures after the options)
     stem, options = split_options(bare)
-    held = options and all(chosen(item, options) for item in golds)
+    held = options and set_off(stem, bare[len(stem):], options) and all(chosen(item, options) for item in golds)
     if held and not (own and offered and options != read_choices(offered)):
         return stem + question[len(bare):].rstrip(), options
     lettered = all(re.fullmatch(r"\W*[A-Za-z]\W*", item) for item in golds)
     return question, offered if own or lettered else ()
+
+
+def set_off(stem: str, rest: str, options: tuple[str, ...]) -> bool:
+    """Do the options stand on lines of their own, or after a whole sentence and to the end? "Is (A) larger than (B)?"
+    and "Here are (A) a cat and (B) a dog. Which is larger?" offer none."""
+    if stem and re.match(r"(?i)[^\S\n]*\n|\s*(?:options|choices)\b", rest):
+        return True
+    joined = any(re.search(r"\b(?:and|or|than|is)$", option) for option in options[:-1])
+    return bool(re.search(r"[?:.!)？：。]$", stem)) and not joined and not re.search("[?？]", options[-1])
 
 
 def is_json(value) -> bool:

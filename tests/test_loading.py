@@ -57,7 +57,9 @@ def test_options_of_every_shape(tmp_path, choices):
     (asked(choices=["red", None, "blue"]), "choice B"), (asked(choices=["red", NAN, "blue"]), "choice B"),
     (asked(choices={"1": "red", "2": "blue"}), "call them A, B"),
     (asked(choices={"B": "red", "C": "blue"}), "call them"),
-    (asked(choices="['red' 'blue']"), "lacks commas"), (asked(choices=["red", ["blue"]]), "choice B"),
+    (asked(choices="['red' 'blue']"), "lacks commas"),
+    (asked(choices="red, blue"), "one text"),
+    (asked(choices=[str(i) for i in range(27)]), "more than there are letters"), (asked(choices=["red", ["blue"]]), "choice B"),
     (asked(answer=NAN), "answer is empty"), (asked(answer="nan", choices=[]), "answer is empty"),
     (asked(answer=None), "it has no answer"), (asked(answer=True), "a bool"), (asked(answer={"a": 1}), "a dict"),
     (asked(answers=[], answer=None), "it has no answer"),
@@ -224,6 +226,8 @@ def test_options_in_the_text_become_choices(tmp_path, row, gold):
     ("In triangle ABC, A. is 3 and B. is 4. How long is C?", "5"), ("What is 3 + 4? Give your answer in cm.", "7"),
     ("Solve for x, and round to two decimals. Answer in the unit m.", "7"),
     ("Which letter from the word is missing?", "T"),
+    ("Is A. larger than B. here?", "A"), ("Look at points (A) and (B). Which is larger?", "B"),
+    ("Here: (A) a cat and (B) a dog. Which is larger?", "B"), ("What is shown? (A) is one. (B) is two, is it?", "A"),
     ("Find the final answer.", "7"), ("Output the value of f(3).", "7"), ("Please find x. Which number is it?", "7")])
 def test_a_question_that_needs_its_words_keeps_them(tmp_path, text, gold):
     [record] = load(tmp_path, {"problem": text, "answer": gold})
