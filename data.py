@@ -1218,7 +1218,8 @@ def _mathverse(row: dict) -> dict:
     gold = str(row.get("answer", "")).replace("掳", "°")  # (read in a wrong encoding)
     gold = re.sub(r"\\circ(?=[A-Za-z])", r"\\circ ", gold)
     gold = re.sub(r"\s*\bunits?\s*\$\^\{?[23]\}?\$", "", gold)  # 12 units $^{2}$
-    fields: dict = {"question": text, "answer": gold}
+    bare = re.sub(r"(°|\\circ)\s*T\s*$", r"\1", gold)  # a true bearing, with its T or without
+    fields: dict = {"question": text, "answers": [gold, bare] if bare != gold else [gold]}
     fields = _inline_choice(text, gold) if row["question_type"] == "multi-choice" else fields
     return fields | {"id": row["sample_index"], "images": row.get("image"),
                      "meta": _meta(row, "problem_index", "problem_version", "question_type")
