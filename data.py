@@ -46,7 +46,7 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm import tqdm
 
-from rewards import chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
+from rewards import RULES, chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
 
 T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
@@ -830,7 +830,7 @@ LOOKS = re.compile(r"(?i)(?:\w+_)?(?:image|img|picture|photo|figure|screenshot|v
 PICTURE_NAME = re.compile(r"(?i)data:image/.*|[^\n]*\.(?:png|jpe?g|webp|gif|bmp|tiff?|svg|heic|avif|mp4)")
 GOLDS = ("answers", "answer", "solution", "ground_truth", "gt")
 ROLES = {"human": "user", "gpt": "assistant"}
-KINDS = {"integer": "number", "float": "number"}  # what MathVista calls them
+KINDS = {kind: kind for kind in RULES} | {"integer": "number", "float": "number"}  # (as MathVista calls them)
 # What other trainers add to a question: where a sentence of theirs may begin, what tells it, and what makes one stay
 # that the gold depends on; and the paragraph that stands before a question.
 BEGINS = r"""(?x)[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
@@ -859,9 +859,10 @@ def any_fields(row: dict, said: Counter) -> dict:
         question, shown, reply = _asked(left, kind)
         fields: dict = {"id": left.pop("id", ""), "images": shown or _pictures(left), "meta": {},
                   "source": left.pop("data_source", left.pop("source", ""))}
-        if kind == "question":
-            fields |= {name: left.pop(name) for name in ("answer_type", "meta", *NUMBERS) if name in left}
-            fields["answer_type"] = KINDS.get(str(fields.get("answer_type")), fields.get("answer_type", ""))
+        for name in ("answer_type", "meta", *NUMBERS):  # (others' `difficulty` may be "hard")
+            if name in left and (kind == "question" or name == "precision" or str(left[name]) in KINDS):
+                fields[name] = KINDS.get(str(left[name]), left[name]) if name == "answer_type" else left[name]
+                del left[name]
         golds = [name for name in GOLDS if left.get(name, []) != []]
         gold = left.pop(golds[0], None) if reply is None and golds else reply
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
