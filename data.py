@@ -518,6 +518,8 @@ def read_choices(value) -> tuple[str, ...]:
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, dict):
         labels, texts = list(value), list(value.values())
+    elif not isinstance(value, (list, tuple, str)):
+        raise ValueError(f"its choices are {str(value)[:80]!r}; write a list of texts")
     else:
         value = [] if isinstance(value, str) else value
         items = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
@@ -868,6 +870,10 @@ def any_fields(row: dict, said: Counter) -> dict:
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
     several = reply is None and golds[:1] == ["answers"]
+    if several and isinstance(gold, str) and gold.startswith("["):  # (a table's cell)
+        gold = literal(gold)
+    if several and (not isinstance(gold, list) or not gold):
+        raise ValueError(f"its answers are {str(gold)[:80]!r}; write a list, of which any is right")
     if several and left.get("answer", gold[0]) not in gold:
         raise ValueError(f"its answer {left['answer']!r} is none of its answers, of which any is right: {gold}")
     if several:
