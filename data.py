@@ -345,7 +345,9 @@ OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to 
 REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "settings.json", "dropped.json", "config.json"}
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
-SPLITS = {"train", "test", "testmini", "val", "valid", "validation", "dev", "eval"}  # as files are called
+SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "test", "testing": "test",
+          "testset": "test", "testmini": "testmini", "val": "val", "valid": "val", "validation": "val", "dev": "dev",
+          "eval": "eval", "heldout": "heldout", "holdout": "heldout"}  # words in names of files
 BATCH = 64  # rows in memory at once, and in a row group when written: with pictures far below Arrow's limit of 2 GiB
 Table = tuple[str, tuple[Path, ...], Iterator]  # name of a file or hub id, where its pictures may lie, numbered rows
 Convert = Callable[[dict], dict | Dropped]  # of a row -> fields of Record, values and pictures as they stand in the row
@@ -428,6 +430,8 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
             gold = tuple(read_answer(item)[0] for item in several)
         elif several is None or isinstance(several, list) and several:
             gold, kind = read_answer(gold if several is None else several[0], kind)
+            if fields["choices"]:  # (the list of one option, [1, 2], is that option)
+                kind = fields.get("answer_type", "")
         else:
             raise ValueError(f"its answers are {str(several)[:80]!r}; write a list, of which any is right")
         record = Record(record_id, question, gold, images, meta=meta, **fields | {"answer_type": kind})
@@ -499,9 +503,12 @@ def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
     if not isinstance(answer, (list, tuple)):
         return text_of(answer, "answer"), kind
     texts = tuple(text_of(item, "answer") for item in answer)
-    if len(texts) > 1 and all(re.fullmatch("[A-Z]", text) for text in texts):
-        return ", ".join(texts), "choice"
-    if len({parse_number(text) for text in texts} - {None}) == len(texts) > 1:  # (0.5 and 1/2 are one number)
+    letters = [text.strip("(). ").upper() for text in texts]
+    if len(texts) > 1 and kind in ("", "choice") and all(re.fullmatch("[A-Z]", letter) for letter in letters):
+        return ", ".join(letters), "choice"
+    values = {parse_number(text) for text in texts}
+    numbers = not any(isinstance(item, str) for item in answer) or len(values - {None}) == len(texts)  # (0.5 is 1/2)
+    if len(texts) > 1 and kind in ("", "list") and numbers:
         return f"[{', '.join(texts)}]", "list"
     return texts if len(texts) > 1 else texts[0], kind
 
@@ -637,18 +644,25 @@ def find_files(folder: Path, split: str, strict: bool = False) -> list[Path]:
                          + f" ({', '.join(inner)}?)" * bool(inner))
     if not split:
         files = [file for file in files if file.name == "ladder.parquet"] or files
-        found = {part for file in files for part in SPLITS & set(re.split(r"[\W_]+", file.stem))}
-        if len(found) > 1:  # (a test split that is trained on)
+        found = set().union(*map(splits_of, files))
+        if len(found) > 1 or found - {"train"} and not all(map(splits_of, files)):  # (a test split that is trained on)
             raise ValueError(f"{folder} holds the splits {', '.join(sorted(found))}; give one, as in {folder}@train, "
                              "or one of its files")
         return files
     of_split = [file for file in files if re.fullmatch(rf"({split})([-_]\d+-of-.*)?", file.stem)  # testmini is not test
+                or strict and SPLITS.get(split, split) in splits_of(file)
                 or file.parent != folder and file.parent.name == split]
     chosen = [file for file in of_split or files if file.suffix == ".parquet"] or of_split or files
     if not of_split and (strict or len(chosen) > 1):  # a lone file has any name
         names = ", ".join(file.name for file in files[:10])
         raise ValueError(f"{folder}: none of its files is of the split {split}: {names}; give the one that is")
     return chosen
+
+
+def splits_of(file: Path) -> set[str]:
+    """The splits that a file's name speaks of: geo_train, testSet, Train-00000-of-00001."""
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", file.stem).lower().replace("held_out", "heldout"))
+    return {SPLITS[word] for word in words if word in SPLITS}
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
@@ -749,6 +763,8 @@ def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, di
                 if cells and len(cells) != len(names):
                     yield line + 1, ValueError(f"it has {len(cells)} cells, the header {len(names)}; mend the row, "
                                                "or a quote before it")
+                elif mark == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                    raise csv.Error("a cell holds rows")
                 elif cells:
                     yield line + 1, {name: cell for name, cell in zip(names, cells) if name and cell}
                 line = table.line_num
@@ -842,7 +858,7 @@ INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\
     |with\ reasoning\.|\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)
     |from\ the\ options\ above|preceding\ multiple|of\ your\ response|in\ json|respond\ in\ the\ following\ format
     |strictly\ follow\ the\ format|between\ user\ and\ assistant|the\ assistant\ (?:first|solves)""")
-NEEDED = re.compile(r"(?i)\bround|decimal|\bunits?\b|degree|nearest|<image>")
+NEEDED = re.compile(r"(?i)\bround|decimal|\bunits?\b|degree|nearest|<image>|\bfind\b|\bwhich of\b")
 PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*
     (?:Hint:\ Please|Please\ (?:first|directly)|You\ should\ first|Solve\ the\ following)((?:(?!\n\n|\nQuestion:).)*)
     (?:\n+Question:|\n\n)\s*""")
@@ -874,7 +890,7 @@ def any_fields(row: dict, said: Counter) -> dict:
         gold = literal(gold)
     if several and (not isinstance(gold, list) or not gold):
         raise ValueError(f"its answers are {str(gold)[:80]!r}; write a list, of which any is right")
-    if several and left.get("answer", gold[0]) not in gold:
+    if several and str(left.get("answer", gold[0])) not in map(str, gold):
         raise ValueError(f"its answer {left['answer']!r} is none of its answers, of which any is right: {gold}")
     if several:
         left.pop("answer", None)
@@ -949,6 +965,8 @@ def _pictures(left: dict):
             left.pop(key)
     named = [key for key in PICTURES if key in left]
     numbered = [key for key in left if re.fullmatch(r"(?:image|img|picture)_?\d+", key)]
+    if named[:2] == ["images", "image"] and isinstance(left["image"], str) and left["image"] not in str(left["images"]):
+        raise ValueError("it has pictures under images and image; write all into one list, `images`")
     if named and numbered:
         raise ValueError(f"it has pictures under {named[0]} and under {numbered[0]}; write all into one list, `images`")
     if named:
@@ -971,10 +989,12 @@ def without_instruction(question: str) -> tuple[str, str]:
     """A question without what another trainer wrote before and after it, and that: our prompts say their own. Sentences
     that tell of rounding or units stay, for the gold depends on them."""
     preface = PREFACE.match(question)
-    before = preface[0] if preface and not NEEDED.search(preface[2]) else ""
+    told = preface and re.search(r"(?i)e\.g\.|<think>|\banswer the question\b|last line", preface[2])
+    before = preface[0] if preface and told and not NEEDED.search(preface[2]) else ""
     kept = question[len(before):].rstrip()
     starts = [0, *(match.end() for match in re.finditer(BEGINS, kept))]
-    while starts[-1] and INSTRUCTION.search(last := kept[starts[-1]:].strip()) and not NEEDED.search(last):
+    while starts[-1] and INSTRUCTION.search(last := kept[starts[-1]:].strip()) and not NEEDED.search(last) \
+            and not re.search("[?？=]", last) and (starts[-1] < len(kept.rstrip(".")) or kept != question.rstrip()):
         kept = kept[:starts.pop()].rstrip()
     after = question[len(before) + len(kept):]
     return (preface[1] if preface and before else "") + kept, (before + after).strip()

@@ -828,6 +828,8 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
             names = [str(line[key]) for key in ANSWER_IDS if key in line]
             responses = read_response(line)
             name = next((name for name in names if name in known), "")
+            if len({known[each] for each in names if each in known}) > 1:
+                raise ValueError(f"it is of two problems, {' and '.join(map(repr, names))}; leave one of its ids")
             if not name:
                 raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its "
                                  f"ids are such as {rows[0].id!r}")

@@ -229,7 +229,14 @@ def test_options_in_the_text_become_choices(tmp_path, row, gold):
     ("Which letter from the word is missing?", "T"),
     ("Is A. larger than B. here?", "A"), ("Look at points (A) and (B). Which is larger?", "B"),
     ("Here: (A) a cat and (B) a dog. Which is larger?", "B"), ("What is shown? (A) is one. (B) is two, is it?", "A"),
-    ("Find the final answer.", "7"), ("Output the value of f(3).", "7"), ("Please find x. Which number is it?", "7")])
+    ("In the figure, 'Option B' is chosen. Which option letter is circled?", "B"),
+    ("Find x. Which of the values is \\boxed{}?", "7"), ("The area is \\boxed{12}. The side is \\boxed{?}", "7"),
+    ("Fill in:\n....", "7"), ("Solve the following system: x+y=3\n\nx-y=1", "2"),
+    ("Please first find the area of ABC.\n\nThen tell the perimeter.", "7"),
+    ("Hint: Please note: AB = 5.\n\nFind AC.", "7"),
+    ("Which angle? In ABC with (A) and (B)...", "B"), ("The weights are A: 5, B: 7, C: 9. How heavy is B?", "7"),
+    ("Tanks A: 5, B: 7, C: 9. Who is heaviest", "C"), ("Find the final answer.", "7"),
+    ("Output the value of f(3).", "7"), ("Please find x. Which number is it?", "7")])
 def test_a_question_that_needs_its_words_keeps_them(tmp_path, text, gold):
     [record] = load(tmp_path, {"problem": text, "answer": gold})
     assert record.question == text and record.choices == ()
@@ -428,3 +435,45 @@ def test_golds_of_mathverse_as_published(tmp_path, gold, right):
     for answer in right:
         assert answer_matches(answer, record), (gold, answer)
     assert not answer_matches("36°", record)
+
+
+def test_a_box_whose_numbers_repeat_is_one_answer(tmp_path):
+    """[0, 0, 100, 100] was "any of these" where [74, 302, 181, 500] was not."""
+    for numbers in ([0, 0, 100, 100], [10, 20, 10, 40], [3, 3]):
+        [record] = load(tmp_path, {"question": "Where?", "answer": numbers})
+        assert record.answer == str(numbers) and answer_matches(str(numbers), record)
+        assert not answer_matches(str(numbers[0]), record)
+
+
+def test_a_list_of_letters_however_written(tmp_path):
+    for gold in (["a", "c"], ["(A)", "(C)"], ["A.", "C."]):
+        [record] = load(tmp_path, {"question": "Which?", "answer": gold, "choices": ["x", "y", "z"]})
+        assert answer_matches("C, A", record) and not answer_matches("A", record)
+    [record] = load(tmp_path, {"question": "Which?", "answer": [1, 2], "choices": ["[1, 2]", "[2, 3]"]})
+    assert answer_matches("A", record) and not answer_matches("B", record)
+    [record] = load(tmp_path, {"question": "Year?", "answer": ["2014", "2015"], "answer_type": "number"})
+    assert answer_matches("2015", record)
+
+
+@pytest.mark.parametrize("train, test", [
+    ("Train", "Test"), ("training", "testing"), ("train1", "test1"), ("geoTrain", "geoTest"), ("geo", "test"),
+    ("problems", "testmini"), ("geo_train", "geo_test"), ("train", "held_out")])
+def test_a_test_split_by_any_name_is_not_trained_on(tmp_path, train, test):
+    for name in (train, test):
+        jsonl(tmp_path / f"{name}.jsonl", {"question": f"{name}?", "answer": "1"})
+    with pytest.raises(ValueError, match="holds the splits"):
+        load_records(str(tmp_path))
+    if "rain" in train:
+        assert [record.question for record in load_records(f"{tmp_path}@train")] == [f"{train}?"]
+
+
+def test_what_may_be_two_things_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="pictures under images and image"):
+        load(tmp_path, {"question": "Q?", "answer": "1", "image": "a.png", "images": ["b.png"]})
+    (tmp_path / "x.tsv").write_text('question\tanswer\n"q1\t5\nq2"\t6\n')
+    with pytest.raises(ValueError, match="x.tsv: line 2: a quote"):
+        load_records(str(tmp_path / "x.tsv"))
+    (tmp_path / "a.jsonl").write_text('{"index": 1, "id": "2", "response": "5"}\n')
+    rows: list = [Record(f"toy-{i}", "Q?", "1", source="toy") for i in (1, 2)]
+    with pytest.raises(ValueError, match="line 1: it is of two problems"):
+        evaluation.read_responses(str(tmp_path / "a.jsonl"), "toy", rows)
