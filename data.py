@@ -340,7 +340,6 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
 FORMATS = {"message": "lmm-r1", "messages": "ms-swift, LLaMA-Factory", "conversations": "LLaVA, VLM-R1",
            "reward_model": "verl", "prompt": "TRL", "problem": "EasyR1, multimodal-open-r1",
            "question": "ours, the fields of Record", "query": "older ms-swift"}
-FIELDS = [each.name for each in dataclasses.fields(Record)]
 OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to our own, for EasyR1 and TRL
 REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "settings.json", "dropped.json", "config.json"}
@@ -410,7 +409,7 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
         own_id = fields.pop("id", "")
         if own_id != "":
             record_id = f"{source}-{text_of(own_id, 'id')}" if source else text_of(own_id, "id")
-        meta = read_meta(fields.pop("meta", {}))
+        meta = read_meta(fields.pop("meta", {}), fields.pop("others", {}))
         reason = "picture unreadable"
         images = read_pictures(fields.pop("images", None), folders)
         reason = "no question"
@@ -422,19 +421,16 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
         fields = {"source": source} | fields | {"choices": read_choices(fields.get("choices", ()))}
         fields |= {name: read_number(fields[name], name, kind) for name, kind in NUMBERS.items() if name in fields}
         fields |= {name: str(text_of(fields[name], name)) for name in ("source", "answer_type") if fields.get(name)}
-        gold, several = fields.pop("answer", None), fields.pop("answers", None)
-        given = gold if several is None else several
-        reason = "null gold" if given is None or str(given).strip(" []()'\"") in NOTHING else "unverifiable"
-        kind = fields.get("answer_type", "")
-        if isinstance(several, list) and len(several) > 1:
-            gold = tuple(read_answer(item)[0] for item in several)
-        elif several is None or isinstance(several, list) and several:
-            gold, kind = read_answer(gold if several is None else several[0], kind)
-            if fields["choices"]:  # (the list of one option, [1, 2], is that option)
-                kind = fields.get("answer_type", "")
+        gold = fields.pop("answer", None)
+        golds = fields.pop("answers", None) or [gold]  # any of these is right
+        reason = "null gold" if golds == [None] or str(golds).strip(" []()'\"") in NOTHING else "unverifiable"
+        kind = given = fields.pop("answer_type", "")
+        if len(golds) > 1:
+            gold = tuple(read_answer(item)[0] for item in golds)
         else:
-            raise ValueError(f"its answers are {str(several)[:80]!r}; write a list, of which any is right")
-        record = Record(record_id, question, gold, images, meta=meta, **fields | {"answer_type": kind})
+            gold, kind = read_answer(golds[0], given)
+        kind = given if fields["choices"] else kind  # (the list of one option, [1, 2], is that option)
+        record = Record(record_id, question, gold, images, answer_type=kind, meta=meta, **fields)
         reason = "malformed row"  # a lone surrogate, half of a cut emoji, would fail much later, and so would dates
         json.dumps([record.id, record.source, record.text, record.golds, record.meta], ensure_ascii=False).encode()
         reason = "picture marks"
@@ -485,7 +481,8 @@ def text_of(value, name: str) -> str:
 def read_number(value, name: str, kind: type) -> float:
     """A number, or its digits: 2.0, as pandas writes an int beside a null, is 2."""
     try:
-        number = kind(given := value if type(value) in (int, float) else float(text_of(value, name)))
+        given = value if type(value) in (int, float) else float(text_of(value, name))
+        number = kind(given)
     except (OverflowError, ValueError):
         given, number = 0, None
     if number != given or abs(given) >= 2**63:
@@ -517,18 +514,19 @@ def read_choices(value) -> tuple[str, ...]:
     """The texts of the options, in order, of the shapes that data has them in: a list; an object of letters, or of
     `text` and `label`; a list of objects; any of these, or lettered options, in one text. Empty last ones are dropped.
     """
-    if isinstance(value, str) and value.strip() not in NOTHING:
-        value = literal(value) if value.strip()[:1] in ("[", "{") else split_options(value)[1]
-        if isinstance(value, tuple) and not value:
+    if isinstance(value, str) and (value := value.strip()) in NOTHING:
+        value = []
+    elif isinstance(value, str):
+        value = literal(value) if value[0] in "[{" else split_options(value)[1]
+        if value == ():
             raise ValueError("its choices are one text; write a list of texts")
     if isinstance(value, dict) and value.keys() >= {"label", "text"}:
         labels, texts = list(value["label"]), list(value["text"])
     elif isinstance(value, dict):
         labels, texts = list(value), list(value.values())
-    elif not isinstance(value, (list, tuple, str)):
+    elif not isinstance(value, (list, tuple)):
         raise ValueError(f"its choices are {str(value)[:80]!r}; write a list of texts")
     else:
-        value = [] if isinstance(value, str) else value
         items = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
         pairs = bool(items) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items)
         if pairs and not re.fullmatch(r"\(?[A-Z][).:]?", str(items[0][0])):  # ({"text": .., "label": ..})
@@ -557,11 +555,12 @@ def literal(text: str):
         return ast.literal_eval(text)
 
 
-def read_meta(value) -> dict:
-    """`meta`, an object or its JSON. Keys that we give a meaning are checked: a run would fail on them much later."""
+def read_meta(value, others: dict) -> dict:
+    """`meta`, an object or its JSON, and the row's other keys; those we use are checked: a run would fail on them."""
     meta = json.loads(value) if isinstance(value, str) else value
     if not isinstance(meta, dict):
         raise ValueError(f"its meta is {str(meta)[:80]!r}; write an object")
+    meta = others | meta
     facts, rollouts = meta.get("facts") or [], meta.get("rollouts", [{}])
     if not isinstance(facts, list) or not all(isinstance(fact, str) and fact.strip() for fact in facts):
         raise ValueError(f"its meta.facts are {str(facts)[:80]!r}; write texts such as 'red 3', or rename the key")
@@ -572,7 +571,7 @@ def read_meta(value) -> dict:
     if "rollouts" in meta and not good:
         raise ValueError("its meta.rollouts are not as curriculum.py writes them: answer, accuracy and tokens of each; "
                          "rename the key")
-    return dict(meta)
+    return meta
 
 
 def read_pictures(value, folders: tuple[Path, ...]) -> tuple:
@@ -588,10 +587,9 @@ def read_pictures(value, folders: tuple[Path, ...]) -> tuple:
 
 def read_picture(value, folders: tuple[Path, ...]) -> bytes | str | Picture:
     """{bytes, path}, a path, a file: or data: URL, base64, bytes, a Picture -> one of bytes, path, Picture."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in PICTURE_PARTS if value.get(key)), None) or value
-    if isinstance(value, dict) and value.get("url"):  # ({"image_url": {"url": ..}})
-        value = value["url"]
+    held = [value[key] for key in PICTURE_PARTS if value.get(key)] if isinstance(value, dict) else []
+    if held:  # (which may be an object, too: {"image_url": {"url": ..}})
+        return read_picture(held[0], folders)
     if not isinstance(value, (bytes, str, Picture)) or not value:
         raise ValueError(f"its picture is {str(value)[:80]!r}; write a path, or {{'bytes': ..}}, or leave the key out")
     if not isinstance(value, str):
@@ -851,9 +849,9 @@ ROLES = {"human": "user", "gpt": "assistant"}
 KINDS = {kind: kind for kind in RULES} | {"integer": "number", "float": "number"}  # (as MathVista calls them)
 # What other trainers add to a question: where a sentence of theirs may begin, what tells it, and what makes one stay
 # that the gold depends on; and the paragraph that stands before a question.
-BEGINS = r"""(?x)[.?!]\s+|\n\s*|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
+BEGINS = r"""(?x)[.?!]\s+|\n\s*(?!\.+\n)|(?:\\n)+|\s+(?=(?:You\ (?i:first|must)|Let's|A\ conversation
              |(?:Please|First|Output|Answer|Put|Think|Respond|Provide|Remember)\b))"""
-INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|^\.+$|reasoning\ process
+INSTRUCTION = re.compile(r"""(?xi)</?(?:think|answer|observe)>|\\+boxed|\#{4}|reasoning\ process
     |own\ line|internal\ (?:monologue|dialogue)|self-reflection|were\ a\ human|(?:think|reason)\ step[ -]by[ -]step
     |with\ reasoning\.|\boption(?:'s)?\ letter|letter\ from\ the\ given|using\ a\ single\ (?:word|number)
     |from\ the\ options\ above|preceding\ multiple|of\ your\ response|in\ json|respond\ in\ the\ following\ format
@@ -875,12 +873,13 @@ def any_fields(row: dict, said: Counter) -> dict:
         raise ValueError(f"the keys {', '.join(map(repr, row))} are of no known format; each has its own key: {known}")
     try:
         question, shown, reply = _asked(left, kind)
-        fields: dict = {"id": left.pop("id", ""), "images": shown or _pictures(left), "meta": {},
-                  "source": left.pop("data_source", left.pop("source", ""))}
-        for name in ("answer_type", "meta", *NUMBERS):  # (others' `difficulty` may be "hard")
-            if name in left and (kind == "question" or name == "precision" or str(left[name]) in KINDS):
-                fields[name] = KINDS.get(str(left[name]), left[name]) if name == "answer_type" else left[name]
-                del left[name]
+        fields: dict = {"id": left.pop("id", ""), "images": shown or _pictures(left),
+                        "source": left.pop("data_source", left.pop("source", ""))}
+        if kind == "question" or str(left.get("answer_type")) in KINDS:
+            given = left.pop("answer_type", "")
+            fields["answer_type"] = KINDS.get(str(given), given)
+        own = ("meta", *NUMBERS) if kind == "question" else ("precision",)  # (others' `difficulty` may be "hard")
+        fields |= {name: left.pop(name) for name in own if name in left}
         golds = [name for name in GOLDS if left.get(name, []) != []]
         gold = left.pop(golds[0], None) if reply is None and golds else reply
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
@@ -912,7 +911,7 @@ def any_fields(row: dict, said: Counter) -> dict:
     said[f"keys that the model is not shown went into meta: {', '.join(rest)}"] += bool(rest)
     said[f"keys of no text were left out: {', '.join(left.keys() - rest.keys())}"] += len(left) > len(rest)
     return fields | {"question": question, "choices": choices, "answers" if several else "answer": gold,
-                     "meta": rest | read_meta(fields["meta"])}
+                     "others": rest}
 
 
 def _asked(left: dict, kind: str | None) -> tuple[Any, list, Any]:
@@ -994,7 +993,7 @@ def without_instruction(question: str) -> tuple[str, str]:
     kept = question[len(before):].rstrip()
     starts = [0, *(match.end() for match in re.finditer(BEGINS, kept))]
     while starts[-1] and INSTRUCTION.search(last := kept[starts[-1]:].strip()) and not NEEDED.search(last) \
-            and not re.search("[?？=]", last) and (starts[-1] < len(kept.rstrip(".")) or kept != question.rstrip()):
+            and not re.search("[?？=]", last):
         kept = kept[:starts.pop()].rstrip()
     after = question[len(before) + len(kept):]
     return (preface[1] if preface and before else "") + kept, (before + after).strip()
@@ -1400,7 +1399,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         if fault := range_fault(value, low, high):
             raise argparse.ArgumentTypeError(fault)
         return value
+
     return parse
+
 
 def same_picture(a: Image.Image, b: Image.Image) -> bool:
     """Are these one picture but for its encoding and size? Both are brought to the smaller size and blurred a little.

@@ -49,8 +49,8 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Picture, Processor, Record, file_rows, number,
-                  open_image, parsed, raise_or_skip, read_any, read_cells, stored, verifiable)
+from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Picture, Processor, Record, file_rows, json_list,
+                  number, open_image, parsed, raise_or_skip, read_any, read_cells, stored, verifiable)
 from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
 from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
@@ -827,15 +827,15 @@ def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> d
             line = parsed(line)
             names = [str(line[key]) for key in ANSWER_IDS if key in line]
             responses = read_response(line)
-            name = next((name for name in names if name in known), "")
-            if len({known[each] for each in names if each in known}) > 1:
+            meant = {known[name] for name in names if name in known}
+            if len(meant) > 1:
                 raise ValueError(f"it is of two problems, {' and '.join(map(repr, names))}; leave one of its ids")
-            if not name:
+            if not meant:
                 raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its "
                                  f"ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
                 jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
-            found.setdefault(known[name], []).extend(responses)
+            found.setdefault(meant.pop(), []).extend(responses)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {place}: {error}")
     most = max(map(len, found.values()), default=0)
@@ -858,13 +858,15 @@ def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
     if not file.is_file():
         raise ValueError(f"--responses {file}: no such file")
     try:
+        found = None
         if file.suffix == ".json":
             with contextlib.suppress(json.JSONDecodeError):  # (lines: see json_rows)
                 found = json.loads(file.read_bytes())
-                if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
-                    yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
-                    return
-        if file.suffix in (".csv", ".tsv"):
+        if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
+            yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
+        elif found is not None:
+            yield from enumerate(json_list(found, file.stem), 1)
+        elif file.suffix in (".csv", ".tsv"):
             rows = read_cells(file, ("index", "prediction"))
             yield from ((line, {"prediction": ""} | row if isinstance(row, dict) else row) for line, row in rows)
         else:
@@ -878,8 +880,7 @@ def read_response(line: dict) -> list[dict]:
     found = [key for key in ANSWER_TEXTS if key in line]
     if not found:
         raise ValueError(f"it has no response; write it under one of {', '.join(ANSWER_TEXTS)}")
-    texts = line[found[0]]
-    tokens, cut = line.get("tokens"), line.get("truncated")
+    texts, tokens, cut = line[found[0]], line.get("tokens"), line.get("truncated")
     texts = texts if isinstance(texts, list) else [texts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("its response is no text and no list of texts")

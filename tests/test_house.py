@@ -16,7 +16,7 @@ from conftest import ROOT
 # learned to read, or to refuse by name, what people bring: tests/test_loading.py.)
 HOUSE = {"rewards": (1011, 280), "data": (1550, 350), "rollout": (675, 420), "eval": (1012, 280),
          "curriculum": (680, 292), "train": (1040, 380)}
-LINES, ABOVE, TOKENS, README = 5965, 2000, 54_050, 16_000
+LINES, ABOVE, TOKENS, README = 5965, 2000, 53_950, 16_000
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
