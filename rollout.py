@@ -2,7 +2,7 @@
 
     sample_groups      G responses to each prompt, through transformers' `generate` with a decode loop of our own
     response_logprobs  log pi(o_t | q, o_<t) of given responses, with gradients
-    load_policy        a Qwen-VL checkpoint, in fp32 to train, flash-attention where it is installed
+    load_policy        a Qwen-VL checkpoint, in fp32 to train, with attention of our own: no mask, flash on any GPU
     load_trainer       the policy in shares (FSDP2), a plain replica that samples, a reference, AdamW -> Policy
     on_rank_0, ...     what the processes of torchrun tell each other
 
@@ -17,6 +17,9 @@ row, each seeing the prompt and itself. And a row leaves the batch when its resp
 
     row of the trainer    [ prompt and picture | o_1 | o_2 | ... | o_G ]     each o_g sees the prompt and o_g alone
 
+There is no mask: the prompt is a sequence of attention, each response is another, whose keys are the prompt's and its
+own (`Sequences`). The kernel is flash-attention's or torch's own on a GPU, and one SDPA call a sequence on a CPU.
+
     python rollout.py --model CHECKPOINT --image x.png --question "..."
 
 Shapes: P prompts, G responses of a group, N = P * G responses, T response tokens, B rows of L tokens each that the
@@ -27,19 +30,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import inspect
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
@@ -59,6 +67,8 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any ot
 # wait for one that is not running. Five rollouts and updates of the toy, seconds, quiet and beside a busy process, on 2
 # cores: 1 thread 7.5, 8.2; 2 threads 5.8 (at best), 60; 4 threads 6, 69; 2 with GOMP_SPINCOUNT=0 9.1, 8.8.
 SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
+# (from torch 2.12 on it must be told that heads may share a key head)
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
 
@@ -96,8 +106,9 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
                   samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
     """Sample `samples` responses to each of P prompts, at most max_rows rows, but a group, at a time -> P groups.
 
-    A response depends on seed, record id and its number in the group, and on nothing that is sampled beside it (but
-    for rounding): not on batch, order, max_rows or processes. No global random state is used.
+    On a GPU fewer, where their keys and values, as long as they may become, would not fit. A response depends on seed,
+    record id and its number in the group, and on nothing that is sampled beside it (but for rounding): not on batch,
+    order, max_rows or processes. No global random state is used.
     """
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     was_training, inherited = model.training, model.generation_config
@@ -107,7 +118,8 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     groups = [Group(record, prompt, []) for record, prompt in zip(records, prompts, strict=True)]
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    per_batch = max(1, max_rows // samples)
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_tokens
+    per_batch = max(1, min(max_rows, rows_that_fit(model, longest)) // samples)
     try:
         with autocast(model):
             for start in range(0, len(order), per_batch):
@@ -130,6 +142,32 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
         model.model.rope_deltas = None  # the prompts' positions, left there, would leak into another forward
         model.train(was_training)
     return groups
+
+
+def rows_that_fit(model: PreTrainedModel, slots: int) -> int | float:
+    """Rows whose keys and values, of `slots` tokens each, take four fifths of the GPU memory that is free."""
+    if model.device.type != "cuda":
+        return math.inf
+    config = model.config.text_config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * slots
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # (torch's, of no tensor)
+    return int(0.8 * (torch.cuda.mem_get_info()[0] + unused)) // size
+
+
+def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: str) -> Iterator[list[Prompt]]:
+    """The prompts of each batch. Threads make those of the next one, a picture of 1 MP in a tenth of a second, while
+    the policy works on this. Raises ValueError as Processor.encode does."""
+    pool, coming = ThreadPoolExecutor(4), None
+    try:
+        for batch in batches:
+            now, coming = coming, [pool.submit(processor.encode, record, style) for record in batch]
+            if now is not None:
+                yield [prompt.result() for prompt in now]
+        if coming is not None:
+            yield [prompt.result() for prompt in coming]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def generation_config(processor: Processor, *, temperature: float, max_tokens: int) -> GenerationConfig:
@@ -172,12 +210,11 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     temperature = generation_config.temperature if generation_config.do_sample else None
     excluded, stops = (torch.tensor(ids, device=device) for ids in
                        (generation_config.suppress_tokens, generation_config.eos_token_id))
-    text, mask = model.model.language_model, inputs.get("attention_mask")
+    text, real = model.model.language_model, inputs.pop("attention_mask").long()  # [P, L] 0: padding
     position = (inputs["position_ids"][-1, :, -1] + 1).repeat_interleave(repeats)  # [N] of the first response token
-    output = model._prefill(input_ids, generation_config, inputs)
+    output = model._prefill(input_ids, generation_config, inputs | {"sequences": Sequences.of(real - 1)})
     cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
-    padding = (mask == 0).sum(1) if mask is not None else torch.zeros(len(input_ids), dtype=torch.long, device=device)
-    slots = Slots(cache.layers, padding, repeats, output.logits.dtype)
+    slots = Slots(cache.layers, (real == 0).sum(1), repeats, output.logits.dtype, steps)
     logits = output.logits[:, -1].repeat_interleave(repeats, 0)
     del output, cache
 
@@ -200,7 +237,7 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     run, warm, chunk = None, False, CHECK if graph is None else 16 * CHECK  # (every size is captured anew)
     for start in range(0, steps, CHECK):
         if start % chunk == 0:
-            slots.grow(min(chunk, -(-(steps - start) // CHECK) * CHECK))
+            slots.size += min(chunk, steps - start)
             run, warm = None, False
         ended = torch.isin(tokens[rows, :start], stops).any(1) if start else torch.zeros_like(rows, dtype=torch.bool)
         left = int((~ended).sum())
@@ -224,42 +261,45 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
 
 
 class Slots:
-    """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is."""
+    """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is.
 
-    def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype):
+    Memory is taken once, for the longest response, and used as far as `size`: to grow or to lose rows copies nothing
+    beside it, and an allocator is left no holes.
+    """
+
+    def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype, room: int):
         """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
-        of each prompt; repeats: rows for each prompt; dtype: of the computation (the cache may hold another)."""
+        of each prompt; repeats: rows for each prompt; dtype: of the computation (the cache may hold another); room:
+        slots for the response."""
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        prompts, heads, self.size, width = layers[0].keys.shape
+        places = torch.arange(self.size, device=padding.device) + padding[:, None]  # [P, L]
+        places = places.clamp(max=self.size - 1)[:, None, :, None].expand_as(layers[0].keys)
         for layer in layers:
             for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
-                places = torch.arange(theirs.shape[2], device=theirs.device) + padding[:, None]  # [P, L]
-                places = places.clamp(max=theirs.shape[2] - 1)[:, None, :, None].expand_as(theirs)
-                mine.append(theirs.to(dtype).gather(2, places).repeat_interleave(repeats, 0))
+                mine.append(theirs.new_zeros(prompts * repeats, heads, self.size + room, width, dtype=dtype))
+                mine[-1].unflatten(0, (prompts, repeats))[:, :, :, :self.size] = theirs.gather(2, places)[:, None]
             layer.keys = layer.values = None
-        self.lengths = (self.keys[0].shape[2] - padding).repeat_interleave(repeats)  # [N] slots filled
-
-    def grow(self, count: int) -> None:
-        for tensors in (self.keys, self.values):
-            for i, t in enumerate(tensors):  # (one by one: never is more than one of them there twice)
-                tensors[i] = F.pad(t, (0, 0, 0, count))
+        self.lengths = (self.size - padding).repeat_interleave(repeats)  # [N] slots filled
 
     def select(self, rows: torch.Tensor) -> None:
         self.lengths = self.lengths[rows]
         for tensors in (self.keys, self.values):
             for i, t in enumerate(tensors):
-                tensors[i] = t[rows]
+                t[:len(rows), :, :self.size] = t[rows, :, :self.size]
+                tensors[i] = t[:len(rows)]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> all slots of the layer."""
+        """Put each row's newest key and value, [N, heads, 1, D], into its next slot -> the layer's slots in use."""
         rows = torch.arange(len(key), device=key.device)
         self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
         self.values[layer][rows, :, self.lengths] = value[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer][:, :, :self.size], self.values[layer][:, :, :self.size]
 
     def mask(self) -> torch.Tensor:
         """[N, 1, 1, S]: the slots that are filled, the newest token's own among them."""
-        return (torch.arange(self.keys[0].shape[2], device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        return (torch.arange(self.size, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
 
 
 def capture(step: Callable) -> Callable:
@@ -295,50 +335,39 @@ class Packed:
 
 
 @dataclass
+class Sequences:
+    """Who sees whom among B rows of L tokens: sequences of queries and keys, causal and aligned at their ends."""
+
+    queries: torch.Tensor  # [n] places in B * L, sequence after sequence; padding is in none
+    keys: torch.Tensor  # [m] the same for their keys
+    ends_q: torch.Tensor  # [sequences + 1] int32, where each begins and ends
+    ends_k: torch.Tensor  # [sequences + 1]
+    longest_q: int
+    longest_k: int
+
+    @classmethod
+    def of(cls, segment: torch.Tensor) -> Sequences:
+        """segment [B, L]: 0 in the prompt, 1 .. in the responses, -1 at padding. A prompt sees itself, a response its
+        prompt and itself."""
+        queries: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
+        for row, places in zip(segment.cpu(), torch.arange(segment.numel()).view(segment.shape)):
+            for g in range(int(row.max()) + 1):
+                queries.append(places[row == g])
+                keys.append(places[(row == 0) | (row == g)])
+        lengths = [torch.tensor([0, *map(len, parts)]) for parts in (queries, keys)]
+        tensors = torch.cat(queries), torch.cat(keys), *(n.cumsum(0).int() for n in lengths)
+        return cls(*(x.to(segment.device) for x in tensors), *(int(n.max()) for n in lengths))
+
+
+@dataclass
 class Packing:
     """B rows of L tokens, packed, as the model is fed them."""
 
     inputs: dict[str, torch.Tensor]  # input_ids [B, L], position_ids [3, B, L], pixel_values, image_grid_thw
-    segment: torch.Tensor  # [B, L] 0: prompt, 1 ..: response, -1: padding
+    sequences: Sequences
     before: torch.Tensor  # [n] for each response token the place in B * L whose hidden state foretells it
     targets: torch.Tensor  # [n] the token
-
-    def mask(self) -> torch.Tensor:
-        """[B, 1, L, L]: who sees whom. A token sees what stands before it of the prompt and of its own response."""
-        seer, seen = self.segment[:, :, None], self.segment[:, None, :]
-        return ((seen == 0) | (seen == seer)).tril()[:, None]
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-               varlen: Callable) -> torch.Tensor:
-        """The same without a mask, by flash-attention's varlen kernel: each prompt is a sequence, and so is each
-        response, whose keys are its prompt's and its own (causal, aligned at the end).
-
-        query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D]; zeros at padding.
-        """
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * L, heads, D]
-        queries, keys, *lengths = self.sequences
-        out = varlen(q[queries], k[keys], v[keys], *lengths, softmax_scale=scale, causal=True)
-        return torch.zeros_like(q).index_copy(0, queries, out).unflatten(0, self.segment.shape)
-
-    @cached_property  # every layer asks
-    def sequences(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """Places in B * L of all queries and of their keys, sequence after sequence; where the sequences of each end;
-        and the longest of each."""
-        queries: list[torch.Tensor] = []
-        keys: list[torch.Tensor] = []
-        for row, segment in enumerate(self.segment):
-            prompt = torch.tensor([], dtype=torch.long, device=segment.device)  # (a prompt's keys are its own)
-            for g in range(int(segment.max()) + 1):
-                queries.append(row * len(segment) + (segment == g).nonzero()[:, 0])
-                keys.append(torch.cat([prompt, queries[-1]]))
-                prompt = queries[-1] if g == 0 else prompt
-
-        def ends(parts: list[torch.Tensor]) -> torch.Tensor:
-            lengths = torch.tensor([len(part) for part in parts], device=self.segment.device)
-            return F.pad(lengths.cumsum(0), (1, 0)).int()
-
-        return (torch.cat(queries), torch.cat(keys), ends(queries), ends(keys), max(map(len, queries)),
-                max(map(len, keys)))
 
 
 def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Packing:
@@ -370,7 +399,7 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
     device = device_of(model)
     targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])
-    return Packing({name: x.to(device) for name, x in inputs.items()}, segment.to(device),
+    return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(segment.to(device)),
                    torch.tensor(before, device=device), targets.to(device))
 
 
@@ -396,7 +425,7 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
         seen = []
         if blank and blank.pixels is not None and blank.grid is not None and "pixel_values" not in packing.inputs:
             seen = tree_leaves(model.model.visual(blank.pixels.to(device), grid_thw=blank.grid.to(device)))
-        hidden = model.model(**packing.inputs, attention_mask=packing.mask(), packing=packing,
+        hidden = model.model(**packing.inputs, sequences=packing.sequences,
                              use_cache=False).last_hidden_state.flatten(0, 1)[packing.before]  # [n, H]
         for features in seen:  # (a gradient of 0, and not none)
             hidden = hidden + 0 * features.sum() if features.is_floating_point() else hidden
@@ -417,42 +446,85 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
-def grouped_attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                      attention_mask: torch.Tensor | None, slots: Slots | None = None,
-                      packing: Packing | None = None, **options) -> tuple[torch.Tensor, None]:
-    """Attention of the language model; query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D].
+def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              attention_mask: torch.Tensor | None = None, *, slots: Slots | None = None,
+              sequences: Sequences | None = None, cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int = 0,
+              **options) -> tuple[torch.Tensor, None]:
+    """transformers' attention: query [B, heads, L, D], key and value [B, key heads, L, D] -> [B, L, heads, D].
 
-    slots: the sampler's; the query is each row's newest token. packing: the trainer's. Neither: as transformers has it.
+    slots: the sampler's; the query is each row's newest token. sequences: of a prefill and of the trainer's rows.
+    cu_seq_lens_q, max_length_q: ends and longest of the vision tower's windows, which are not causal. None of these: as
+    transformers has it.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # (under autocast the rotation has left them in fp32)
-    flash = query.is_cuda and is_flash_attn_2_available() and value.dtype != torch.float32
     if slots is not None:
         keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
-        if flash:
+        if query.is_cuda and is_flash_attn_2_available() and value.dtype != torch.float32:
             return flash_attn_with_kvcache(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
                                            cache_seqlens=(slots.lengths + 1).int(), softmax_scale=module.scaling), None
         # The heads that share a key head stand as its queries: one read of the cache, and no copy of it for each head.
         shared = query.view(len(query), keys.shape[1], -1, query.shape[-1])  # [N, key heads, heads of each, D]
         out = F.scaled_dot_product_attention(shared, keys, values, attn_mask=attention_mask, scale=module.scaling)
         return out.reshape(len(query), 1, -1, query.shape[-1]), None
-    if packing is not None and flash:
-        return packing.attend(query, key, value, module.scaling, flash_attn_varlen_func), None
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * L, heads, D]
+    if cu_seq_lens_q is not None:  # (first: the other arguments of the language model reach the vision tower too)
+        ends, longest = cu_seq_lens_q.int(), int(max_length_q)
+        return varlen(q, k, v, ends, ends, longest, longest, module.scaling, causal=False)[None], None
+    if sequences is not None:
+        s = sequences
+        out = varlen(q[s.queries], k[s.keys], v[s.keys], s.ends_q, s.ends_k, s.longest_q, s.longest_k, module.scaling,
+                     causal=True)
+        return torch.zeros_like(q).index_copy(0, s.queries, out).unflatten(0, (len(query), -1)), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends_k: torch.Tensor,
+           longest_q: int, longest_k: int, scale: float, causal: bool) -> torch.Tensor:
+    """Attention of sequences that stand one after the other; causal: aligned at their ends.
+
+    q [n, heads, D], k and v [m, key heads, D]; ends [sequences + 1] int32 -> [n, heads, D].
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        if is_flash_attn_2_available():
+            return flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale=scale,
+                                          causal=causal)
+        return varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale,
+                           window_size=(-1, 0) if causal else (-1, -1), **GROUPED)
+    lengths = ends_q.diff().tolist(), ends_k.diff().tolist()
+    parts = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]))
+    return torch.cat([F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in part), scale=scale, enable_gqa=True,
+        attn_mask=causal_lower_right(len(part[0]), len(part[1])) if causal else None)[0].transpose(0, 1)
+        for part in parts])
+
+
+class PatchEmbedding(torch.nn.Conv3d):
+    """The vision tower's: the kernel is the patch, and the convolution a product. (In bf16 cuDNN may take seconds.)"""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:  # [n, C, frames, h, w] -> [n, D, 1, 1, 1]
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
+AttentionInterface.register("sequences", attention)
+AttentionInterface.register("sequences_flash", attention)  # (with "flash" in its name it is handed all windows at once)
+AttentionMaskInterface.register("sequences", sdpa_mask)  # (of a forward that is none of ours)
+
+
+def use_own_kernels(model: PreTrainedModel) -> None:
+    """Give a model of transformers the attention and the patch embedding above. What it computes stays the same."""
+    model.model.language_model.config._attn_implementation = "sequences"
+    model.model.visual.config._attn_implementation = "sequences_flash"
+    model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
-                freeze_vision: bool = False, gradient_checkpointing: bool = False,
-                computes_on: torch.device | str | None = None) -> PreTrainedModel:
+                freeze_vision: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
-    freeze_vision: the vision tower gets no gradient. computes_on: where it is to compute, if not on device. A small one
-    on a CPU sets the process to one thread (SMALL). Raises ValueError when path is no Qwen vision-language model.
+    freeze_vision: the vision tower gets no gradient. A small one on a CPU sets the process to one thread (SMALL).
+    Raises ValueError when path is no Qwen vision-language model.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
@@ -464,10 +536,8 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
         raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
     if not QUIET:  # (transformers' own bars are off: it has one for each copy of the toy, too)
         print(f"loading {path}", file=sys.stderr)
-    flash = torch.device(computes_on or device).type == "cuda" and is_flash_attn_2_available()
-    attention = {"": "sdpa", "text_config": "grouped", "vision_config": "flash_attention_2" if flash else "sdpa"}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention,
-                                                        trust_remote_code=False).to(device)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+    use_own_kernels(model)
     if model.device.type == "cpu" and model.num_parameters() < SMALL and not THREADS & os.environ.keys():
         os.environ["OMP_NUM_THREADS"] = "1"  # (the processes it starts, and accelerate, heed this)
         torch.set_num_threads(1)
@@ -515,11 +585,11 @@ def load_trainer(source: str, processor: Processor, device: torch.device, *, lr:
         return model
 
     home = torch.device("cpu") if sharded else device
-    model = ready(load_policy(source, home, computes_on=device, freeze_vision=freeze_vision,
+    model = ready(load_policy(source, home, freeze_vision=freeze_vision,
                               gradient_checkpointing=gradient_checkpointing))
     held = None
     if reference:
-        held = ready(load_policy(reference, home, computes_on=device, dtype=half).requires_grad_(False).eval())
+        held = ready(load_policy(reference, home, dtype=half).requires_grad_(False).eval())
     sampler = model
     if sharded or device.type == "cuda":
         sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
@@ -580,6 +650,9 @@ def claim_device() -> torch.device:
     if local > gpus:
         raise ValueError(f"{local} processes for {gpus} GPUs; start at most one on each")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # cuDNN's attention, which torch takes first on an H100 or newer, plans anew for every length, and has returned NaN
+    # gradients (pytorch issue 196678; trl 7181) and wrong tokens (193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda")
 
 

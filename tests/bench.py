@@ -120,10 +120,9 @@ class Bench:
         drawn = rng.lognormal(np.log(mean) - 0.7**2 / 2, 0.7, (len(self.records), group))
         self.lengths = drawn.round().astype(int).clip(2, self.max_tokens).tolist()
         torch.manual_seed(seed)
-        attention = {"": "sdpa", "text_config": "grouped", "vision_config": best_attention()}  # as load_policy has it
-        self.model = self.sampler = self.build(setting, attention, torch.float32)
+        self.model = self.sampler = self.build(setting, torch.float32)
         if self.device.type == "cuda":  # what samples is a bf16 copy, as in training
-            self.sampler = self.build(setting, attention, torch.bfloat16)
+            self.sampler = self.build(setting, torch.bfloat16)
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
         rollout.copy_weights(self.policy(self.optimizer))
@@ -131,7 +130,7 @@ class Bench:
                           max_response_tokens=self.max_tokens,
                           micro_tokens=16384 if self.device.type == "cuda" else 4096)
 
-    def build(self, setting: dict, attention, dtype: torch.dtype):
+    def build(self, setting: dict, dtype: torch.dtype, own: bool = True):
         processor, text = self.processor, dict(setting["text"])
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
         config = AutoConfig.for_model(
@@ -140,7 +139,11 @@ class Bench:
             image_token_id=processor.image_id, vision_start_token_id=processor.vision_ids[0],
             vision_end_token_id=processor.vision_ids[1], video_token_id=processor.vision_ids[-1])
         with self.device:
-            return AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=dtype)
+            model = AutoModelForImageTextToText.from_config(
+                config, attn_implementation=None if own else best_attention(), dtype=dtype)
+        if own:
+            rollout.use_own_kernels(model)
+        return model
 
     def policy(self, optimizer: torch.optim.Optimizer) -> Policy:
         return Policy(self.model, self.sampler, None, optimizer, self.processor)
@@ -222,7 +225,7 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
 
     took: dict[str, list[float]] = defaultdict(list)
     gpu = bench.device.type == "cuda"
-    model = bench.build(SIZES[size], best_attention(), torch.bfloat16 if gpu else torch.float32)
+    model = bench.build(SIZES[size], torch.bfloat16 if gpu else torch.float32, own=False)
     model.load_state_dict(bench.model.state_dict())
     tokenizer = bench.processor.tokenizer
     processor = WithoutVideo(bench.processor.image_processor, tokenizer, None, chat_template=tokenizer.chat_template)

@@ -4,11 +4,29 @@ What rollout.py must equal, and what tests/bench.py measures it against.
 """
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from data import Processor, Prompt
 from rollout import autocast, generation_config, log_distribution
+
+
+@contextlib.contextmanager
+def transformers_own(model: PreTrainedModel):
+    """The model as transformers has it: SDPA with masks, the vision tower's windows one by one, a convolution."""
+    configs, patches = (model.model.language_model.config, model.model.visual.config), model.model.visual.patch_embed.proj
+    before = [config._attn_implementation for config in configs], patches.__class__
+    for config in configs:
+        config._attn_implementation = "sdpa"
+    patches.__class__ = torch.nn.Conv3d
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before[0]):
+            config._attn_implementation = name
+        patches.__class__ = before[1]
 
 
 def pad(processor: Processor, prompts: list[Prompt], responses: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -40,7 +58,7 @@ def plain_rollout(model: PreTrainedModel, processor: Processor, prompts: list[Pr
     inputs = pad(processor, repeated, [[]] * len(repeated))
     model.model.rope_deltas = None
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
-    with autocast(model):
+    with autocast(model), transformers_own(model):
         out = model.eval().generate(
             **{k: v.to(model.device) for k, v in inputs.items()}, generation_config=config,
             logits_processor=logits_processor, return_dict_in_generate=True, output_scores=scores)
@@ -55,7 +73,7 @@ def plain_logprobs(model: PreTrainedModel, processor: Processor, prompts: list[P
     inputs = {k: v.to(model.device) for k, v in pad(processor, prompts, responses).items()}
     steps = int(lengths.max())
     model.model.rope_deltas = None
-    with autocast(model):
+    with autocast(model), transformers_own(model):
         logits = model(**inputs, use_cache=False).logits[:, -steps - 1:-1]
     logp = log_distribution(logits, temperature, torch.tensor(processor.vision_ids, device=model.device))
     mask = torch.arange(steps, device=model.device) < lengths[:, None]
