@@ -69,6 +69,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any ot
 SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 # (from torch 2.12 on it must be told that heads may share a key head)
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+PIECE = 256  # queries of a causal sequence at a time, on a CPU: what is masked is computed all the same
 CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
 
@@ -96,7 +97,7 @@ def log_distribution(logits: torch.Tensor, temperature: float, excluded: torch.T
 
     excluded: vision tokens, which get probability 0: a sampled <|image_pad|> would be an image without pixels.
     """
-    return (logits.float() / temperature).index_fill(-1, excluded, float("-inf")).log_softmax(-1)
+    return (logits.float() / temperature).index_fill_(-1, excluded, float("-inf")).log_softmax(-1)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -490,12 +491,16 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tens
                                           causal=causal)
         return varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale,
                            window_size=(-1, 0) if causal else (-1, -1), **GROUPED)
-    lengths = ends_q.diff().tolist(), ends_k.diff().tolist()
-    parts = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]))
-    return torch.cat([F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in part), scale=scale, enable_gqa=True,
-        attn_mask=causal_lower_right(len(part[0]), len(part[1])) if causal else None)[0].transpose(0, 1)
-        for part in parts])
+    out, lengths_q, lengths_k = [], ends_q.diff().tolist(), ends_k.diff().tolist()
+    for queries, keys, values in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        seen = len(keys) - len(queries)
+        for piece in queries.split(PIECE if causal else len(queries)):
+            seen = seen + len(piece) if causal else len(keys)
+            a, b, c = (x.transpose(0, 1)[None] for x in (piece, keys[:seen], values[:seen]))  # [1, heads, length, D]
+            mask = causal_lower_right(len(piece), seen) if causal else None
+            part = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale, enable_gqa=True)
+            out.append(part[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 class PatchEmbedding(torch.nn.Conv3d):

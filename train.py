@@ -218,15 +218,17 @@ def padded(values: list[list[torch.Tensor]], device: torch.device) -> torch.Tens
 
 
 def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Packed]:
-    """The kept responses of a group, in rows of at most budget tokens, but one response at least."""
+    """The kept responses of a group, in rows of at most budget tokens, but one response at least; in few rows (the
+    longest first, each where it fits), for each computes the prompt again."""
     rows: list[Packed] = []
-    for g in kept:
+    for g in sorted(kept, key=lambda g: len(group.samples[g].ids), reverse=True):
         sample = group.samples[g]
-        if not rows or len(rows[-1]) + len(sample.ids) > budget:
-            rows.append(Packed(group.prompt, []))
-        rows[-1].responses.append(sample.ids)
-        rows[-1].advantages.append(advantages[g])
-        rows[-1].sampled.append(sample.logprobs)
+        row = next((row for row in rows if len(row) + len(sample.ids) <= budget), None)
+        if row is None:
+            rows.append(row := Packed(group.prompt, []))
+        row.responses.append(sample.ids)
+        row.advantages.append(advantages[g])
+        row.sampled.append(sample.logprobs)
     return rows
 
 
