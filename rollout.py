@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any ot
 # cores: 1 thread 7.5, 8.2; 2 threads 5.8 (at best), 60; 4 threads 6, 69; 2 with GOMP_SPINCOUNT=0 9.1, 8.8.
 SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 # (from torch 2.12 on it must be told that heads may share a key head)
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 PIECE = 256  # queries of a causal sequence at a time, on a CPU: what is masked is computed all the same
 CHECK = 16  # decode steps between two looks at which rows have ended: on a GPU each look waits for the device
 
