@@ -53,8 +53,8 @@ from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Picture, Proces
                   number, open_image, parsed, raise_or_skip, read_any, read_cells, stored, verifiable)
 from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
-from rollout import (Group, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups, start_processes,
-                     stop_processes)
+from rollout import (Group, encode_ahead, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups,
+                     start_processes, stop_processes)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TOY = ASSETS / "toy/test.parquet"
@@ -105,12 +105,12 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
              max_tokens: int, max_rows: int = 256, seed: int = 0) -> Iterator[Result]:
     """Answer each problem `samples` times (temperature 0: greedy), scored by the judge of training, as results come.
 
-    At most max_rows responses, but those to one problem, and the pictures of as many problems as these answer, are in
-    memory at a time.
+    At most max_rows responses, but those to one problem, and the pictures of twice as many problems as these answer,
+    are in memory at a time.
     """
     size = max(1, max_rows // samples)
-    for chunk in (records[start:start + size] for start in range(0, len(records), size)):
-        prompts = [processor.encode(r, style) for r in chunk]
+    chunks = [records[start:start + size] for start in range(0, len(records), size)]
+    for chunk, prompts in zip(chunks, encode_ahead(processor, chunks, style)):
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
                                max_tokens=max_tokens, seed=seed, max_rows=max_rows)
         for record, responses in zip(chunk, judge(groups, style, processor)):

@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import hashlib
 import inspect
-import math
 import os
 import sys
 import warnings
@@ -47,7 +46,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -146,10 +144,10 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     return groups
 
 
-def rows_that_fit(model: PreTrainedModel, slots: int) -> int | float:
+def rows_that_fit(model: PreTrainedModel, slots: int) -> int:
     """Rows whose keys and values, of `slots` tokens each, take four fifths of the GPU memory that is free."""
     if model.device.type != "cuda":
-        return math.inf
+        return sys.maxsize
     config = model.config.text_config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * slots
@@ -212,7 +210,8 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     temperature = generation_config.temperature if generation_config.do_sample else None
     excluded, stops = (torch.tensor(ids, device=device) for ids in
                        (generation_config.suppress_tokens, generation_config.eos_token_id))
-    text, real = model.model.language_model, inputs.pop("attention_mask").long()  # [P, L] 0: padding
+    text, mask = model.model.language_model, inputs.pop("attention_mask")  # (None where nothing is padded)
+    real = torch.ones_like(input_ids) if mask is None else mask  # [P, L] 0: padding
     position = (inputs["position_ids"][-1, :, -1] + 1).repeat_interleave(repeats)  # [N] of the first response token
     output = model._prefill(input_ids, generation_config, inputs | {"sequences": Sequences.of(real - 1)})
     cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
@@ -357,9 +356,10 @@ class Sequences:
             for g in range(int(row.max()) + 1):
                 queries.append(places[row == g])
                 keys.append(places[(row == 0) | (row == g)])
-        lengths = [torch.tensor([0, *map(len, parts)]) for parts in (queries, keys)]
-        tensors = torch.cat(queries), torch.cat(keys), *(n.cumsum(0).int() for n in lengths)
-        return cls(*(x.to(segment.device) for x in tensors), *(int(n.max()) for n in lengths))
+        device, lengths_q, lengths_k = segment.device, list(map(len, queries)), list(map(len, keys))
+        ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), ends_q, ends_k, max(lengths_q),
+                   max(lengths_k))
 
 
 @dataclass
@@ -491,15 +491,17 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tens
             return flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale=scale,
                                           causal=causal)
         return varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale,
-                           window_size=(-1, 0) if causal else (-1, -1), **GROUPED)
+                           window_size=(-1, 0) if causal else (-1, -1), **GROUPED)  # type: ignore[return-value]
     out, lengths_q, lengths_k = [], ends_q.diff().tolist(), ends_k.diff().tolist()
     for queries, keys, values in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
         seen = len(keys) - len(queries)
         for piece in queries.split(PIECE if causal else len(queries)):
             seen = seen + len(piece) if causal else len(keys)
             a, b, c = (x.transpose(0, 1)[None] for x in (piece, keys[:seen], values[:seen]))  # [1, heads, length, D]
-            mask = causal_lower_right(len(piece), seen) if causal else None
-            part = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, scale=scale, enable_gqa=True)
+            square = len(piece) == seen
+            mask = a.new_ones(len(piece), seen, dtype=torch.bool).tril(seen - len(piece)) if causal > square else None
+            part = F.scaled_dot_product_attention(a, b, c, mask, is_causal=causal and square, scale=scale,
+                                                  enable_gqa=True)
             out.append(part[0].transpose(0, 1))
     return torch.cat(out)
 

@@ -68,9 +68,9 @@ from data import TINY, Processor, Prompt, Record, check_records, load_records, r
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
                   roll_out, summarize, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
-from rollout import (Group, Packed, Policy, copy_weights, device_of, full_tensor, gather_shares, generation_config,
-                     load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups, start_processes,
-                     stop_processes)
+from rollout import (Group, Packed, Policy, copy_weights, device_of, encode_ahead, full_tensor, gather_shares,
+                     generation_config, load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups,
+                     start_processes, stop_processes)
 
 HERE = Path(__file__).resolve().parent
 
@@ -274,13 +274,17 @@ def main(args: list[str] | None = None) -> None:
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
+    shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:]]
+    coming = encode_ahead(policy.processor, shares, cfg.prompt)
     left = max(0, cfg.max_steps - curriculum.position) if cfg.max_steps else None  # None: all
     for batch in itertools.islice(curriculum, left):
         step = curriculum.position
 
         # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
         clock = [time.perf_counter()]
-        groups = run.signals.unless_asked(partial(sample, policy, batch.records[rank::world], step, cfg))
+        prompts = next(coming)  # (made while the policy was at work on the batch before)
+        clock.append(time.perf_counter())
+        groups = run.signals.unless_asked(partial(sample, policy, batch.records[rank::world], prompts, step, cfg))
         if groups is None:  # asked to stop: the policy is still what it was after the step before
             curriculum.undo()
             break
@@ -313,9 +317,8 @@ def main(args: list[str] | None = None) -> None:
     stop_processes()
 
 
-def sample(policy: Policy, records: list[Record], step: int, cfg: Config) -> list[Group]:
+def sample(policy: Policy, records: list[Record], prompts: list[Prompt], step: int, cfg: Config) -> list[Group]:
     """G responses to each record, with random numbers of their own: of seed, step, record and place in the group."""
-    prompts = [policy.processor.encode(r, cfg.prompt) for r in records]
     return sample_groups(policy.sampler, policy.processor, records, prompts, samples=cfg.group_size,
                          temperature=cfg.temperature, max_tokens=cfg.max_response_tokens,
                          seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
@@ -756,8 +759,9 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
     loss, grad_norm, lr     the loss; norm of the gradient before clipping; learning rate
     updates                 optimizer steps taken (an update without any signal takes none)
 
-    Of the machine: verifier_timeouts, answers given up on so far; tokens_per_second; seconds_rollout, _reward, _update;
-    memory, on a GPU the peak so far of the fullest rank, in GB. eval: held-out scores, overall and by difficulty level.
+    Of the machine: verifier_timeouts, answers given up on so far; tokens_per_second; seconds_pictures (waited for, not
+    made: rollout.encode_ahead), _rollout, _reward, _update; memory, on a GPU the peak so far of the fullest rank, in
+    GB. eval: held-out scores, overall and by difficulty level.
     """
     lengths = torch.tensor([[r.tokens for r in group] for group in responses]).float()  # [P, G]
     truncated = torch.tensor([[bool(r.truncated) for r in group] for group in responses])
@@ -775,10 +779,11 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
 
 
 def system_metrics(responses: list[list[Response]], clock: list[float], device: torch.device) -> dict[str, float]:
-    """Time-outs, speed and, on a GPU, memory; clock: when sampling, judging and updating began, and when they ended."""
+    """Time-outs, speed and, on a GPU, memory; clock: when waiting for pictures, sampling, judging and updating began,
+    and when they ended."""
     tokens, seconds = sum(r.tokens or 0 for group in responses for r in group), clock[-1] - clock[0]
     metrics = {"verifier_timeouts": sum(gather_shares([VERIFIER.timeouts])), "tokens_per_second": tokens / seconds}
-    for name, start, end in zip(("rollout", "reward", "update"), clock, clock[1:]):
+    for name, start, end in zip(("pictures", "rollout", "reward", "update"), clock, clock[1:]):
         metrics[f"seconds_{name}"] = end - start
     if device.type == "cuda":
         metrics["memory"] = max(gather_shares([torch.cuda.max_memory_allocated() / 1e9]))

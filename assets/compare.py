@@ -68,7 +68,7 @@ def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict]) ->
     beside = beside_of(scores["after"]["sampled"], "T=1")
     steps = [line for line in metrics if "reward" in line]
     if steps:
-        seconds = sum(s["seconds_rollout"] + s["seconds_reward"] + s["seconds_update"] for s in steps)
+        seconds = sum(value for step in steps for name, value in step.items() if name.startswith("seconds_"))
         beside |= {"groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes": seconds / 60}
     return Run(folder, str(kept["seed"]), settings, columns_of(scores["after"], label),
                columns_of(scores["before"], label), beside)

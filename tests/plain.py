@@ -10,23 +10,19 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from data import Processor, Prompt
-from rollout import autocast, generation_config, log_distribution
+from rollout import autocast, generation_config, log_distribution, use_own_kernels
 
 
 @contextlib.contextmanager
 def transformers_own(model: PreTrainedModel):
     """The model as transformers has it: SDPA with masks, the vision tower's windows one by one, a convolution."""
-    configs, patches = (model.model.language_model.config, model.model.visual.config), model.model.visual.patch_embed.proj
-    before = [config._attn_implementation for config in configs], patches.__class__
-    for config in configs:
-        config._attn_implementation = "sdpa"
-    patches.__class__ = torch.nn.Conv3d
+    text, tower = model.model.language_model.config, model.model.visual.config
+    text._attn_implementation = tower._attn_implementation = "sdpa"
+    model.model.visual.patch_embed.proj.__class__ = torch.nn.Conv3d
     try:
         yield
     finally:
-        for config, name in zip(configs, before[0]):
-            config._attn_implementation = name
-        patches.__class__ = before[1]
+        use_own_kernels(model)
 
 
 def pad(processor: Processor, prompts: list[Prompt], responses: list[list[int]]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import inspect
 import io
 import sys
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ import torch
 from conftest import TOY
 from PIL import Image
 from plain import pad, plain_logprobs, plain_rollout
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-from transformers.modeling_utils import AttentionInterface
 
 import rollout
 from data import PROMPTS, Processor, Record
@@ -104,32 +108,83 @@ def test_packed_rows_have_the_gradients_of_padded_ones(model, processor, mixed, 
         assert (p.grad - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-7, name
 
 
-def test_flash_attentions_form_equals_the_mask(model, processor, mixed):
-    """The varlen kernel needs a GPU; the sequences it is handed do not. Here a plain loop over them stands for it."""
-    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal):
-        assert causal and q.shape[1] > k.shape[1], "grouped heads are handed on as they are"
-        out = []
-        for i in range(len(ends_q) - 1):
-            a, b = (x[e[i]:e[i + 1]].transpose(0, 1) for x, e in ((q, ends_q), (k, ends_k)))
-            c = v[ends_k[i]:ends_k[i + 1]].transpose(0, 1)
-            assert a.shape[1] <= longest_q and b.shape[1] <= longest_k
-            seen = torch.ones(a.shape[1], b.shape[1], dtype=torch.bool).tril(b.shape[1] - a.shape[1])  # ends aligned
-            out.append(torch.nn.functional.scaled_dot_product_attention(
-                a, b, c, attn_mask=seen, scale=softmax_scale, enable_gqa=True).transpose(0, 1))
-        return torch.cat(out)
+def dense(q, k, v, lengths_q, lengths_k, scale: float, causal: bool) -> torch.Tensor:
+    """varlen by its definition, in fp64, one sequence after the other."""
+    out = []
+    for a, b, c in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        b, c = (x.repeat_interleave(a.shape[1] // x.shape[1], 1) for x in (b, c))
+        scores = torch.einsum("qhd,khd->hqk", a, b) * scale
+        if causal:
+            later = torch.arange(len(b)) > torch.arange(len(a))[:, None] + len(b) - len(a)
+            scores = scores.masked_fill(later, -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
+    return torch.cat(out)
 
-    def flash(module, query, key, value, mask, packing=None, **_):
-        return packing.attend(query, key, value, module.scaling, varlen), None
 
-    groups = sample(model, processor, mixed, samples=3)
-    with torch.no_grad():
-        want = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
-        AttentionInterface.register("grouped", flash)
-        try:
-            got = response_logprobs(model, processor, packed(groups, 2), 1.0)[0]
-        finally:
-            AttentionInterface.register("grouped", rollout.grouped_attention)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+SEQUENCES = {  # lengths of queries, of keys; heads, key heads; causal
+    "a prompt, and responses to it, of one token too": ([300, 5, 1, 64], [300, 305, 301, 364], 4, 2, True),
+    "a response of several pieces": ([321, 700], [321, 1021], 2, 1, True),
+    "windows of the vision tower": ([64, 64, 16, 64, 4], [64, 64, 16, 64, 4], 3, 3, False),
+}
+
+
+@pytest.mark.parametrize("lengths_q, lengths_k, heads, key_heads, causal", SEQUENCES.values(), ids=SEQUENCES)
+def test_attention_of_sequences_by_its_definition(lengths_q, lengths_k, heads, key_heads, causal):
+    """Aligned at its beginning, not at its end, a response sees none of its prompt, and trains all the same; heads that
+    share a key head wrongly, or a piece that sees a token too few, show in the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (sum(lengths_q), heads), (sum(lengths_k), key_heads), (sum(lengths_k), key_heads), (sum(lengths_q), heads)
+    *tensors, weights = (torch.randn(*shape, 16, generator=generator, dtype=torch.float64) for shape in shapes)
+    tensors = [t.requires_grad_() for t in tensors]
+    ends = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k)]
+    want = dense(*tensors, lengths_q, lengths_k, 0.3, causal)
+    gradients = torch.autograd.grad((want * weights).sum(), tensors)
+    got = rollout.varlen(*tensors, *ends, max(lengths_q), max(lengths_k), 0.3, causal)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), tensors), gradients, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_a_gpus_kernel_takes_what_it_is_handed(flash_attn, monkeypatch):
+    """Tensors that only say they lie on a GPU go as far as its kernel, torch's or flash-attn's where it is installed:
+    an argument that the kernel does not know, in one of the versions of torch, would crash the first run on a GPU."""
+    def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal):
+        asked.append((k.shape[1] < q.shape[1], cu_seqlens_k.dtype, max_seqlen_q, max_seqlen_k, causal))
+        return q * 1
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(rollout, "is_flash_attn_2_available", lambda: flash_attn)
+    monkeypatch.setattr(rollout, "flash_attn_varlen_func", flash, raising=False)
+    with FakeTensorMode(), torch.no_grad():  # (a build for CPUs alone has no gradients of such tensors)
+        def fake(*shape, dtype=torch.bfloat16):
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        ends = fake(4, dtype=torch.int32)
+        text = rollout.varlen(fake(18, 4, 16), fake(24, 2, 16), fake(24, 2, 16), ends, ends, 7, 12, 0.3, True)
+        windows = rollout.varlen(*[fake(90, 4, 16)] * 3, ends, ends, 64, 64, 0.3, False)
+    for out, shape in ((text, (18, 4, 16)), (windows, (90, 4, 16))):
+        assert (out.shape, out.dtype, out.device.type) == (shape, torch.bfloat16, "cuda")
+    wanted = [(True, torch.int32, 7, 12, True), (False, torch.int32, 64, 64, False)]
+    assert asked == wanted * flash_attn
+
+
+def test_no_tensor_is_as_wide_as_a_row_both_ways(shipped, processor, mixed):
+    """A mask [L, L] of a row of 17,000 tokens is 300 MB, its scores as many more, and on a GPU it shuts the fast
+    kernels out: neither the prefill of padded prompts nor the scoring of packed responses makes one."""
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            seen.extend(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    seen: list[tuple] = []
+    large = replace(mixed[0], question="What is the sum of all the digits? " * 150)
+    with Shapes(), torch.no_grad():
+        groups = sample(shipped, processor, [large, mixed[1]], max_tokens=40)
+        response_logprobs(shipped, processor, packed(groups), 1.0)
+    length = len(groups[0].prompt.ids)
+    wide = [shape for shape in seen if sum(length <= n <= length + 80 for n in shape) > 1]
+    assert length > 1200 and any(length in shape for shape in seen) and not wide
 
 
 def test_the_sampler_equals_transformers_own_loop(shipped, processor, mixed):
@@ -514,3 +569,84 @@ def test_prompt_styles_ask_for_their_tags(processor, mixed):
         text = processor.tokenizer.decode(processor.encode(mixed[0], style).ids)
         assert PROMPTS[style] in text
         assert [t for t in ("observe", "think", "answer") if f"<{t}>" in text] == tags
+
+
+def test_the_caches_memory_is_taken_once(shipped, processor, mixed, monkeypatch):
+    """Grown by copying, a cache of 40 GB leaves holes that its next size does not fit into: reserved memory doubled."""
+    storages: list[list[tuple[int, int]]] = []
+    real = rollout.Slots.mask
+
+    def mask(slots):
+        held = [t.untyped_storage() for t in (*slots.keys, *slots.values)]
+        storages.append([(storage.data_ptr(), storage.nbytes()) for storage in held])
+        return real(slots)
+
+    monkeypatch.setattr(rollout.Slots, "mask", mask)
+    groups = sample(shipped, processor, mixed, samples=6, max_tokens=160)
+    config, rows = shipped.config.text_config, 6 * len(mixed)
+    longest = max(len(g.prompt.ids) for g in groups) + 160
+    width = config.hidden_size // config.num_attention_heads
+    assert len({len(ids) // CHECK for ids in ids(*groups)}) > 1 and storages.count(storages[0]) == len(storages)
+    assert {size for _, size in storages[0]} == {rows * config.num_key_value_heads * longest * width * 4}
+
+
+def test_rows_that_fit_by_hand(shipped, monkeypatch):
+    """--rows 256 at 3B's limits wants 164 GB of keys and values: 17,408 slots of 36,864 bytes a row. Of 80 GB with 7.5
+    taken by the model, 4 of these held by torch for no tensor, 58 are four fifths."""
+    gigabyte = 10**9
+    for name, value in (("mem_get_info", (68.5 * gigabyte, 80 * gigabyte)), ("memory_reserved", 11.5 * gigabyte),
+                        ("memory_allocated", 7.5 * gigabyte)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    config = SimpleNamespace(num_hidden_layers=36, num_key_value_heads=2, hidden_size=2048, num_attention_heads=16)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16,
+                            config=SimpleNamespace(text_config=config))
+    assert rollout.rows_that_fit(model, 17_408) == int(58 * gigabyte / (17_408 * 36_864)) == 90
+    config.head_dim = 256  # (Qwen3-VL's may be another than hidden size / heads)
+    assert rollout.rows_that_fit(model, 17_408) == 45
+    assert rollout.rows_that_fit(shipped, 17_408) > 10**9, "on a CPU what is asked for"
+
+
+def test_fewer_rows_where_memory_is_short_change_nothing(shipped, processor, mixed, monkeypatch):
+    want = sample(shipped, processor, mixed, samples=3)
+    asked, rows = [], []
+    monkeypatch.setattr(rollout, "rows_that_fit", lambda model, slots: asked.append(slots) or 4)
+    monkeypatch.setattr(rollout, "decode", lambda *args, **given: rows.append(given["repeats"] * len(args[1])) or decode(
+        *args, **given))
+    assert ids(*sample(shipped, processor, mixed, samples=3)) == ids(*want)
+    assert asked == [max(len(g.prompt.ids) for g in want) + 12] and rows == [3] * 4, "a group at least, and no more"
+
+
+def test_the_next_pictures_are_made_ahead(processor, mixed, monkeypatch):
+    """3 to 33 s a rollout the policy once waited for 128 pictures, made one after the other."""
+    begun = threading.Semaphore(0)
+    real = Processor.encode
+
+    def encode(self, record, style):
+        begun.release()
+        return real(self, record, style)
+
+    monkeypatch.setattr(Processor, "encode", encode)
+    batches = [mixed[:2], [], mixed[2:], mixed[::-1]]
+    got = rollout.encode_ahead(processor, batches, "think")
+    for batch, following in zip(batches, [*batches[1:], []]):
+        prompts = next(got)
+        for _ in range(len(batch) * (batch is batches[0]) + len(following)):
+            assert begun.acquire(timeout=60), "this batch's and the next one's are under way before it is asked for"
+        for record, prompt in zip(batch, prompts, strict=True):
+            want = real(processor, record, "think")
+            assert torch.equal(prompt.ids, want.ids)
+            assert prompt.pixels is want.pixels is None or torch.equal(prompt.pixels, want.pixels)
+    assert next(got, None) is None
+
+
+def test_a_fault_of_a_picture_made_ahead_is_told_in_its_turn(processor, mixed):
+    """And no thread is left working for a run that has ended."""
+    before = threading.active_count()
+    got = rollout.encode_ahead(processor, [mixed, [replace(mixed[0], question="<image><image> ?")]], "observe")
+    assert len(next(got)) == 4
+    with pytest.raises(ValueError, match="record one: 2 <image> marks for 1 pictures"):
+        next(got)
+    left = rollout.encode_ahead(processor, [mixed] * 50, "observe")
+    next(left)
+    left.close()
+    assert threading.active_count() == before
