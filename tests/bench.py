@@ -2,9 +2,12 @@
 
     python tests/bench.py                    # small: CPU, a random Qwen2.5-VL of 30 M parameters
     python tests/bench.py --size 3b          # one GPU of 141 GB: Qwen2.5-VL-3B's configuration, random weights
-    python tests/bench.py --growth           # also: time by group size, picture size, response length
+    python tests/bench.py --growth           # time and memory by response length, group size, picture size
+    python tests/bench.py --size 3b --repeats 1 --no-trl --budget 480 --out figures.jsonl     # where a GPU is lent
 
-One process; the same weights, prompts, dtype and response lengths for all; interleaved, after a warm-up, medians. The
+One process; the same weights, prompts, dtype and response lengths for all; interleaved, medians after a first round,
+in which peak memory is taken. Each figure is written as it comes; the table is made of them. Beside them stand bounds:
+what no program could beat on this machine's measured bandwidth and products of matrices. The
 lengths are drawn ahead from a long-tailed law (log-normal, sigma 0.7, cut at 2.56 times the mean) and forced on every
 sampler, for random weights never end a response by themselves. The plain way repeats rows and pictures for each
 response, pads on the left, and makes all logits at once. TRL's step is its own: prompts, generate, reward, loss,
@@ -25,7 +28,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +45,7 @@ import rollout
 import train
 from data import PROMPTS, Processor, Record
 from rewards import Response, Rewards
-from rollout import Group, Policy
+from rollout import Group, Policy, Sample
 from train import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,15 +163,26 @@ class Bench:
         longest = max(len(p.ids) for p in self.prompts) + max(self.flat)
         return 1 << (max(1, self.cfg.micro_tokens // longest).bit_length() - 1)
 
+    def given_groups(self) -> list[Group]:
+        """Responses of the lengths drawn, of any tokens, to be scored."""
+        def sample(length: int) -> Sample:
+            return Sample("", [20 + i % 200 for i in range(length)], False, torch.zeros(length))
+
+        return [Group(record, prompt, list(map(sample, lengths)))
+                for record, prompt, lengths in zip(self.records, self.prompts, self.lengths)]
+
     def ours_rollout(self) -> list[Group]:
         with forced({r.id: n for r, n in zip(self.records, self.lengths)}, self.stops):
-            return rollout.sample_groups(self.sampler, self.processor, self.records, self.prompts, samples=self.group,
-                                         temperature=1.0, max_tokens=self.max_tokens, seed=0, max_rows=4096)
+            groups = rollout.sample_groups(self.sampler, self.processor, self.records, self.prompts, samples=self.group,
+                                           temperature=1.0, max_tokens=self.max_tokens, seed=0, max_rows=4096)
+        assert [[len(sample.ids) for sample in group.samples] for group in groups] == self.lengths
+        return groups
 
     def plain_rollout(self) -> list[list[int]]:
         tokens, _ = plain_rollout(self.sampler, self.processor, self.prompts, samples=self.group, temperature=1.0,
                                   max_tokens=self.max_tokens, scores=False,
                                   logits_processor=LogitsProcessorList([Lengths(self.flat, self.stops)]))
+        assert tokens.shape == (len(self.flat), max(self.flat))
         return [row[:n] for row, n in zip(tokens.tolist(), self.flat)]
 
     def ours_score(self, groups: list[Group]) -> None:
@@ -240,7 +256,6 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
 
         def on_step_end(self, *args, **_):
             took["step"].append(clock() - self.start)
-            took["rest"].append(took["step"][-1] - took["rollout"][-1])
             between()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -268,13 +283,19 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
     return model, took
 
 
-# --- the clock, the memory, the floor ---------------------------------------------------------------------------------
+# --- the clock, the memory, the bounds --------------------------------------------------------------------------------
 
 
 def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def time_of(work) -> float:
+    start = clock()
+    work()
+    return clock() - start
 
 
 def peak(work) -> float:
@@ -297,96 +318,176 @@ def peak(work) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second read from memory, by a sum over a buffer beyond all caches."""
-    data = torch.zeros(2**28 if device.type == "cpu" else 2**31, device=device)
-    best = min(time_of(lambda: data.sum()) for _ in range(5))
-    return data.numel() * 4 / best
+    """Bytes a second read from memory, by a sum over 1 GB, beyond all caches."""
+    data = torch.zeros(2**28, device=device)
+    return data.numel() * 4 / min(time_of(data.sum) for _ in range(5))
 
 
-def time_of(work) -> float:
-    start = clock()
-    work()
-    return clock() - start
+def flops(device: torch.device) -> float:
+    """Floating point operations a second in a product of matrices, of the type that is computed in."""
+    gpu = device.type == "cuda"
+    n, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
+    matrix = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(time_of(lambda: matrix @ matrix) for _ in range(5))
+
+
+def width_of(config) -> int:
+    return config.hidden_size // config.num_attention_heads
+
+
+def decode_bounds(bench: Bench, rate: float, speed: float) -> tuple[float, float]:
+    """Seconds that decoding cannot beat: weights and the live rows' cache read once for each step, at `rate` bytes a
+    second; and the same where the step's products, at `speed` operations a second, take longer than its weights."""
+    text, size = bench.sampler.config.text_config, next(bench.sampler.parameters()).element_size()
+    weights = sum(p.numel() for p in bench.sampler.model.language_model.parameters())  # (tied with the head)
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * width_of(text) * size
+    prompts = [len(p.ids) for p in bench.prompts for _ in range(bench.group)]
+    memory = both = 0.0
+    for step in range(max(bench.flat)):
+        live = [p + step for p, n in zip(prompts, bench.flat) if n > step]
+        cache = token * sum(live) / rate
+        memory += weights * size / rate + cache
+        both += max(weights * size / rate, 2 * weights * len(live) / speed) + cache
+    return memory, both
 
 
 def floor_seconds(bench: Bench, rate: float) -> float:
-    """What decoding cannot beat: weights and the live rows' cache, read once for each step."""
-    config, size = bench.sampler.config.text_config, next(bench.sampler.parameters()).element_size()
-    weights = sum(p.numel() for p in bench.sampler.model.language_model.parameters()) * size  # (tied with the head)
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * (
-        config.hidden_size // config.num_attention_heads) * size
-    prompts = [len(p.ids) for p in bench.prompts for _ in range(bench.group)]
+    return decode_bounds(bench, rate, float("inf"))[0]
+
+
+def update_flops(bench: Bench, ours: bool) -> float:
+    """Operations of score and backward, in products and attention alone, nothing padded and nothing computed twice:
+    of ours a prompt and its picture once a group, of the plain way once a response."""
+    text, tower = bench.model.config.text_config, bench.model.model.visual
+    layers = sum(p.numel() for layer in bench.model.model.language_model.layers for p in layer.parameters())
+    a_pair = 4 * text.num_attention_heads * width_of(text) * text.num_hidden_layers  # (of a query and a key)
+    vision = sum(p.numel() for p in tower.parameters())
     total = 0.0
-    for step in range(max(bench.flat)):
-        total += weights + token * sum(p + step for p, n in zip(prompts, bench.flat) if n > step)
-    return total / rate
+    for prompt, lengths in zip(bench.prompts, bench.lengths):
+        p, repeats = len(prompt.ids), 1 if ours else bench.group
+        total += 2 * layers * (repeats * p + sum(lengths)) + repeats * 2 * vision * len(prompt.pixels)
+        total += 2 * text.hidden_size * text.vocab_size * sum(lengths)  # (the head)
+        total += a_pair * (repeats * p * p / 2 + sum(p * n + n * n / 2 for n in lengths))
+    return 3 * total  # (the backward pass is two forward ones)
 
 
-def compare(size: str, repeats: int) -> dict:
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+class Figures:
+    """Where figures go, each as it comes: a line of JSON on standard error and, flushed, in a file."""
+
+    def __init__(self, path: Path | None, budget: float):
+        self.path, self.end, self.lines = path, time.monotonic() + budget, []
+
+    def write(self, **line) -> None:
+        self.lines.append(line)
+        print(json.dumps(line), file=sys.stderr, flush=True)
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def once(self, ways: dict[str, Callable[[], Any]], part: str, measure: Callable = time_of, unit: str = "seconds",
+             ) -> None:
+        """Each way once. One for which memory is not enough is said so and leaves; none begins beyond the budget."""
+        for name, work in list(ways.items()):
+            if self.late:
+                self.write(part=part, way=name, left_out="no time")
+                continue
+            try:
+                self.write(part=part, way=name, **{unit: measure(work)})
+            except torch.OutOfMemoryError:
+                del ways[name]
+                self.write(part=part, way=name, left_out="out of memory")
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def times(self, part: str) -> dict[str, list[float]]:
+        """Seconds by way, the first round, which warmed up, left out where there was another."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for line in self.lines:
+            if line.get("part") == part and "seconds" in line:
+                found[line["way"]].append(line["seconds"])
+        return {way: seconds[1:] or seconds for way, seconds in found.items()}
+
+    def peaks(self, part: str) -> dict[str, float]:
+        return {line["way"]: line["gib"] for line in self.lines if line.get("part") == part and "gib" in line}
+
+
+def compare(size: str, repeats: int, figures: Figures, with_trl: bool) -> None:
+    """Rollout, update and step, ours beside the plain way and TRL's; then the table."""
     bench = Bench(size)
-    groups = bench.ours_rollout()
-    assert [len(s.ids) for g in groups for s in g.samples] == bench.flat == [len(r) for r in bench.plain_rollout()]
-    times: dict[str, list[float]] = defaultdict(list)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    tokens = sum(bench.flat)
+    figures.write(size=size, device=device, torch=torch.__version__, transformers=transformers.__version__,
+                  python=platform.python_version(), parameters=sum(p.numel() for p in bench.model.parameters()),
+                  prompts=len(bench.prompts), prompt_tokens=len(bench.prompts[0].ids), group=bench.group,
+                  mean_response=tokens / len(bench.flat), longest_response=max(bench.flat))
+    rate, speed = bandwidth(bench.device), flops(bench.device)
+    memory, both = decode_bounds(bench, rate, speed)
+    work = {ours: update_flops(bench, ours) for ours in (True, False)}
+    figures.write(bandwidth=rate, flops=speed, decode_floor_memory=memory, decode_floor=both,
+                  update_floor=work[True] / speed, update_bound=work[False] / work[True])
+    groups = bench.given_groups()
     ways = {"rollout, ours": bench.ours_rollout, "rollout, plain": bench.plain_rollout,
+            "prefill, ours": lambda: decode_nothing(bench),
             "score + backward, ours": lambda: bench.ours_score(groups),
             "score + backward, plain": lambda: bench.plain_score(groups), "step, ours": bench.ours_step}
-
-    def once() -> None:
-        for name, work in list(ways.items()):
-            try:
-                times[name].append(time_of(work))
-            except torch.OutOfMemoryError:
-                print(f"{name}: out of memory", file=sys.stderr)
-                del ways[name]
-                times.pop(name, None)
-
-    once()  # warms up
-    times.clear()
-    if importlib.util.find_spec("trl"):
-        try:
-            model, took = trl_trainer(bench, size, repeats + 1, once)
-            del model
-            times |= {"rollout, TRL": took["rollout"][1:], "rest of a step, TRL": took["rest"][1:],
-                      "step, TRL": took["step"][1:]}
-        except torch.OutOfMemoryError:
-            print("TRL: out of memory", file=sys.stderr)
-    else:
-        print("trl is not installed: no comparison with it", file=sys.stderr)
-    while min(map(len, times.values()), default=0) < repeats:
-        once()
-    found = {name: statistics.median(seconds) for name, seconds in times.items()}
-    found["rest of a step, ours"] = found["step, ours"] - found["rollout, ours"]
-    spread = {name: [min(seconds), max(seconds)] for name, seconds in times.items()}
-    memory = {name: peak(work) for name, work in ways.items()}
-    rate = bandwidth(bench.device)
-    prefill = statistics.median(time_of(lambda: decode_nothing(bench)) for _ in range(repeats + 1))
-    decode = found["rollout, ours"] - prefill
-    floor = floor_seconds(bench, rate)
-    tokens = sum(bench.flat)
-
-    def ratio(part: str, other: str) -> float | None:
-        return found[other] / found[part] if part in found and other in found else None
-
-    ratios = {"rollout, plain / ours": ratio("rollout, ours", "rollout, plain"),
-              "rollout, TRL / ours": ratio("rollout, ours", "rollout, TRL"),
-              "score + backward, plain / ours": ratio("score + backward, ours", "score + backward, plain"),
-              "rest of a step, TRL / ours": ratio("rest of a step, ours", "rest of a step, TRL"),
-              "whole step, TRL / ours": ratio("step, ours", "step, TRL")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    figures.once(ways, size, peak, "gib")
+    for _ in range(repeats):
+        figures.once(ways, size)
+    if with_trl and not figures.late:
+        compare_trl(bench, size, repeats, figures, {"step, ours": bench.ours_step} if "step, ours" in ways else {})
     print(f"\n{size}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.0f}M parameters, {len(bench.prompts)} "
           f"prompts of {len(bench.prompts[0].ids)} tokens x {bench.group} responses of {tokens / len(bench.flat):.0f} "
-          f"(2 to {max(bench.flat)}); {device}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"median of {repeats}\n")
+          f"(2 to {max(bench.flat)}); {device}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    times, peaks = figures.times(size), figures.peaks(size)
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
     print("| | seconds | least, most | peak GiB | tokens / s |\n|---|---|---|---|---|")
     for name, seconds in sorted(found.items()):
-        print(f"| {name} | {seconds:.2f} | {', '.join(f'{s:.2f}' for s in spread.get(name, ()))} | "
-              f"{format(memory[name], '.2f') if name in memory else '-'} | {tokens / seconds:.0f} |")
-    print("\n" + "\n".join(f"{name}: {value:.2f}" for name, value in ratios.items() if value))
-    print(f"decode: {decode:.2f} s after {prefill:.2f} s of prefill; floor at {rate / 1e9:.0f} GB/s: {floor:.2f} s, "
-          f"which is {floor / decode:.0%} of it")
-    return {"size": size, "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "seconds": found, "spread": spread, "peak_gib": memory,
-            "ratios": ratios, "decode_floor_share": floor / decode, "bandwidth": rate}
+        gib = f"{peaks[name]:.2f}" if name in peaks else "-"
+        print(f"| {name} | {seconds:.2f} | {min(times[name]):.2f}, {max(times[name]):.2f} | {gib} | "
+              f"{tokens / seconds:.0f} |")
+    conclude(found, memory, both, work[True] / speed, work[False] / work[True], figures)
+
+
+def conclude(found: dict[str, float], memory: float, both: float, update: float, bound: float,
+             figures: Figures) -> None:
+    """What follows from the seconds `found`: ratios, and shares of what no program could beat."""
+    conclusions = {}
+    for name, part, other in (("rollout, plain / ours", "rollout, ours", "rollout, plain"),
+                              ("rollout, TRL / ours", "rollout, ours", "rollout, TRL"),
+                              ("score + backward, plain / ours", "score + backward, ours", "score + backward, plain"),
+                              ("whole step, TRL / ours", "step, ours", "step, TRL")):
+        if part in found and other in found:
+            conclusions[name] = found[other] / found[part]
+    conclusions["score + backward, plain / ours, bound by arithmetic"] = bound
+    if {"rollout, ours", "prefill, ours"} <= found.keys():
+        decode = found["rollout, ours"] - found["prefill, ours"]
+        conclusions |= {"decode, seconds": decode, "decode, share of its memory floor": memory / decode,
+                        "decode, share of its floor": both / decode}
+    if "score + backward, ours" in found:
+        conclusions["score + backward, ours, share of its floor"] = update / found["score + backward, ours"]
+    figures.write(conclusions=conclusions)
+    print("\n" + "\n".join(f"{name}: {value:.2f}" for name, value in conclusions.items()))
+
+
+def compare_trl(bench: Bench, size: str, repeats: int, figures: Figures, ways: dict) -> None:
+    """TRL's step between two of ours."""
+    if importlib.util.find_spec("trl") is None:
+        figures.write(part=size, way="step, TRL", left_out="trl is not installed")
+        return
+    try:
+        _, took = trl_trainer(bench, size, repeats + 1, lambda: figures.once(ways, size))
+    except torch.OutOfMemoryError:
+        figures.write(part=size, way="step, TRL", left_out="out of memory")
+        return
+    for way, seconds in took.items():
+        for value in seconds:
+            figures.write(part=size, way=f"{way}, TRL", seconds=value)
 
 
 def decode_nothing(bench: Bench) -> None:
@@ -395,43 +496,57 @@ def decode_nothing(bench: Bench) -> None:
                           temperature=1.0, max_tokens=1, seed=0, max_rows=4096)
 
 
-def growth(size: str, repeats: int) -> None:
-    """Rollout by group size and picture size, update by response length, each beside the plain way; 2 prompts."""
+def growth(size: str, repeats: int, figures: Figures) -> None:
+    """Rollout by group size and picture size, update by response length, each beside the plain way."""
     base = SIZES[size]
-
-    def table(title: str, values: list[int], part: str, **options) -> None:
-        print(f"\n| {title} | {part}, ours, s | plain, s | plain / ours |\n|---|---|---|---|")
+    for title, values, part, vary in (
+            ("mean response, tokens", [base["mean"] * k for k in (1, 4, 8, 16)], "update", "mean"),
+            ("G", [1, 2, 4, 8, 16], "rollout", "group"),
+            ("visual tokens", [base["visual"] * k // 4 for k in (1, 2, 4, 8)], "rollout", "visual")):
+        print(f"\n| {title} | {part}, ours, s | plain, s | plain / ours | bound | GiB, ours | plain |"
+              "\n|---|---|---|---|---|---|---|")
         for value in values:
-            bench = Bench(size, prompts=2, **{options["vary"]: value})
-            groups = bench.ours_rollout()
-            works = {"rollout": (bench.ours_rollout, bench.plain_rollout),
-                     "update": (lambda: bench.ours_score(groups), lambda: bench.plain_score(groups))}[part]  # noqa: B023
-            seconds: list[list[float]] = [[], []]
-            for _ in range(repeats + 1):
-                for kept, work in zip(seconds, works):
-                    kept.append(time_of(work))
-            ours, plain = (statistics.median(s[1:]) for s in seconds)
-            print(f"| {value} | {ours:.2f} | {plain:.2f} | {plain / ours:.1f} |", flush=True)
+            if not figures.late:
+                growth_row(size, repeats, figures, part, vary, value)
 
-    table("G", [1, 2, 4, 8, 16], "rollout", vary="group")
-    table("visual tokens", [base["visual"] * k // 4 for k in (1, 2, 4, 8)], "rollout", vary="visual")
-    table("mean response, tokens", [base["mean"] * k // 2 for k in (1, 2, 4, 8)], "update", vary="mean")
+
+def growth_row(size: str, repeats: int, figures: Figures, part: str, vary: str, value: int) -> None:
+    """One line of a table of growth; 2 prompts."""
+    bench = Bench(size, prompts=2, **{vary: value})
+    groups, bound = bench.given_groups(), "-"
+    if part == "rollout":
+        ways = {"ours": bench.ours_rollout, "plain": bench.plain_rollout}
+    else:
+        ways = {"ours": lambda: bench.ours_score(groups), "plain": lambda: bench.plain_score(groups)}
+        bound = f"{update_flops(bench, False) / update_flops(bench, True):.2f}"
+    name = f"{part} by {vary}, {value}"
+    figures.once(ways, name, peak, "gib")
+    for _ in range(repeats):
+        figures.once(ways, name)
+    times, peaks = figures.times(name), figures.peaks(name)
+    middle = {way: statistics.median(seconds) for way, seconds in times.items()}
+    ours, plain = (f"{middle[way]:.2f}" if way in middle else "-" for way in ("ours", "plain"))
+    ratio = f"{middle['plain'] / middle['ours']:.2f}" if len(middle) == 2 else "-"
+    gib = [f"{peaks[way]:.2f}" if way in peaks else "-" for way in ("ours", "plain")]
+    print(f"| {value} | {ours} | {plain} | {ratio} | {bound} | {' | '.join(gib)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="3b" if torch.cuda.is_available() else "small")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each, after one that warms up")
-    parser.add_argument("--growth", action="store_true", help="also the tables of growth")
-    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
+    parser.add_argument("--growth", action="store_true", help="the tables of growth, and nothing else")
+    parser.add_argument("--no-trl", action="store_true", help="without TRL")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing is begun")
+    parser.add_argument("--out", type=Path, help="add the figures to this file, a line of JSON each, as they come")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)  # (TRL's; that a capture failed is a warning of another kind, and shown)
-    found = compare(args.size, args.repeats)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+    figures = Figures(args.out, args.budget)
     if args.growth:
-        growth(args.size, args.repeats)
+        growth(args.size, args.repeats, figures)
+    else:
+        compare(args.size, args.repeats, figures, not args.no_trl)
 
 
 if __name__ == "__main__":

@@ -610,8 +610,8 @@ def test_fewer_rows_where_memory_is_short_change_nothing(shipped, processor, mix
     want = sample(shipped, processor, mixed, samples=3)
     asked, rows = [], []
     monkeypatch.setattr(rollout, "rows_that_fit", lambda model, slots: asked.append(slots) or 4)
-    monkeypatch.setattr(rollout, "decode", lambda *args, **given: rows.append(given["repeats"] * len(args[1])) or decode(
-        *args, **given))
+    monkeypatch.setattr(rollout, "decode", lambda model, prompts, **given: rows.append(given["repeats"] * len(prompts))
+                        or decode(model, prompts, **given))
     assert ids(*sample(shipped, processor, mixed, samples=3)) == ids(*want)
     assert asked == [max(len(g.prompt.ids) for g in want) + 12] and rows == [3] * 4, "a group at least, and no more"
 
