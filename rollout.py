@@ -213,7 +213,7 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     text, mask = model.model.language_model, inputs.pop("attention_mask")  # (None where nothing is padded)
     real = torch.ones_like(input_ids) if mask is None else mask  # [P, L] 0: padding
     position = (inputs["position_ids"][-1, :, -1] + 1).repeat_interleave(repeats)  # [N] of the first response token
-    output = model._prefill(input_ids, generation_config, inputs | {"sequences": Sequences.of(real - 1)})
+    output = model._prefill(input_ids, generation_config, inputs | {"sequences": Sequences.of(real.cpu() - 1, device)})
     cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
     slots = Slots(cache.layers, (real == 0).sum(1), repeats, output.logits.dtype, steps)
     logits = output.logits[:, -1].repeat_interleave(repeats, 0)
@@ -347,16 +347,16 @@ class Sequences:
     longest_k: int
 
     @classmethod
-    def of(cls, segment: torch.Tensor) -> Sequences:
-        """segment [B, L]: 0 in the prompt, 1 .. in the responses, -1 at padding. A prompt sees itself, a response its
-        prompt and itself."""
+    def of(cls, segment: torch.Tensor, device: torch.device) -> Sequences:
+        """segment [B, L], on the CPU: 0 in the prompt, 1 .. in the responses, -1 at padding. A prompt sees itself, a
+        response its prompt and itself."""
         queries: list[torch.Tensor] = []
         keys: list[torch.Tensor] = []
-        for row, places in zip(segment.cpu(), torch.arange(segment.numel()).view(segment.shape)):
+        for row, places in zip(segment, torch.arange(segment.numel()).view(segment.shape)):
             for g in range(int(row.max()) + 1):
                 queries.append(places[row == g])
                 keys.append(places[(row == 0) | (row == g)])
-        device, lengths_q, lengths_k = segment.device, list(map(len, queries)), list(map(len, keys))
+        lengths_q, lengths_k = list(map(len, queries)), list(map(len, keys))
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
         return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), ends_q, ends_k, max(lengths_q),
                    max(lengths_k))
@@ -401,7 +401,7 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
     device = device_of(model)
     targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])
-    return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(segment.to(device)),
+    return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(segment, device),
                    torch.tensor(before, device=device), targets.to(device))
 
 

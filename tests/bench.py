@@ -406,12 +406,12 @@ class Figures:
             torch.cuda.empty_cache()
 
     def times(self, part: str) -> dict[str, list[float]]:
-        """Seconds by way, the first round, which warmed up, left out where there was another."""
+        """Seconds by way."""
         found: dict[str, list[float]] = defaultdict(list)
         for line in self.lines:
             if line.get("part") == part and "seconds" in line:
                 found[line["way"]].append(line["seconds"])
-        return {way: seconds[1:] or seconds for way, seconds in found.items()}
+        return found
 
     def peaks(self, part: str) -> dict[str, float]:
         return {line["way"]: line["gib"] for line in self.lines if line.get("part") == part and "gib" in line}
@@ -486,7 +486,7 @@ def compare_trl(bench: Bench, size: str, repeats: int, figures: Figures, ways: d
         figures.write(part=size, way="step, TRL", left_out="out of memory")
         return
     for way, seconds in took.items():
-        for value in seconds:
+        for value in seconds[1:]:  # (the first warms up)
             figures.write(part=size, way=f"{way}, TRL", seconds=value)
 
 

@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that tries should fail at once
+# The tests compare to the bit, in fp32, and start two processes: on the CPU, also where there is a GPU, of which the
+# programs that they start see nothing either. What only a GPU can show, tests/gpu_check.py shows.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # OpenMP's threads spin while they wait: beside another busy process two of them took 10 times as long, one no longer.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `datasets` keeps a copy of every file it reads; that of a test is not to be there in the next run, nor at home.
@@ -27,6 +30,10 @@ from rollout import load_policy  # noqa: E402
 hf_logging.set_verbosity_error()
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel("WARNING")  # (4 lines for each weight that is saved)
 TOY = ROOT / "assets" / "toy"
+
+
+def pytest_report_header() -> str:
+    return "on the CPU, also where there is a GPU: for that, python tests/gpu_check.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,20 +1,73 @@
-"""The benchmark itself, at a tiny size: every way runs, and gives the lengths that it was told."""
+"""The benchmark itself, at a tiny size: every way runs, at the lengths that it was told, and is written as it comes."""
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
 
+import bench
 import pytest
+import torch
 from conftest import ROOT
+
+
+def figures(tmp_path, *options: str) -> list[dict]:
+    out = tmp_path / "bench.jsonl"
+    command = [sys.executable, str(ROOT / "tests/bench.py"), "--size", "tiny", "--repeats", "1", "--out", str(out)]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    return list(map(json.loads, out.read_text().splitlines()))
 
 
 @pytest.mark.run
 def test_the_benchmark_runs(tmp_path):
-    """The one command for a GPU must not be broken when a GPU is at hand. (compare() asserts the lengths.)"""
-    out = tmp_path / "bench.json"
-    command = [sys.executable, str(ROOT / "tests/bench.py"), "--size", "tiny", "--repeats", "1", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
-    found = json.loads(out.read_text())
-    assert all(seconds > 0 for seconds in found["seconds"].values()) and 0 < found["decode_floor_share"] < 1
-    assert {"rollout, plain / ours", "score + backward, plain / ours"} <= {k for k, v in found["ratios"].items() if v}
+    """The one command for a GPU must not be broken when a GPU is at hand. (The ways themselves assert the lengths.)"""
+    lines = figures(tmp_path, "--no-trl")
+    conclusions = lines[-1]["conclusions"]
+    assert {"rollout, plain / ours", "score + backward, plain / ours"} <= conclusions.keys()
+    assert all(value > 0 for value in conclusions.values()) and conclusions["decode, share of its floor"] < 1
+    assert sum("seconds" in line for line in lines) == sum("gib" in line for line in lines) == 6
+    assert not [line for line in lines if "left_out" in line]
+
+
+@pytest.mark.run
+def test_a_budget_that_is_spent_ends_it(tmp_path):
+    """A GPU is lent for ten minutes: what was measured by then is on disk, and nothing begins after."""
+    lines = figures(tmp_path, "--budget", "0")
+    assert [line["left_out"] for line in lines if "way" in line] == ["no time"] * 12
+
+
+def test_a_way_that_runs_out_of_memory_is_said_so_and_leaves(tmp_path):
+    """It once was a KeyError where that way was ours, and a loop without an end where all were."""
+    def too_much() -> None:
+        raise torch.OutOfMemoryError
+
+    found = bench.Figures(tmp_path / "x.jsonl", 600)
+    ways = {"ours": too_much, "plain": lambda: None}
+    for _ in range(3):
+        found.once(ways, "update")
+    assert list(ways) == ["plain"] and list(found.times("update")) == ["plain"]
+    bench.conclude({}, 1.0, 1.0, 1.0, 1.0, found)
+    lines = list(map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines()))
+    assert lines[0] == {"part": "update", "way": "ours", "left_out": "out of memory"} and len(lines) == 5
+
+
+def test_the_bounds_by_hand():
+    """Of one prompt and two responses: the layers' weights once a token, the head on the responses alone, half a square
+    of pairs; three times, for the backward pass is two forward ones. Decode reads weights and cache once a step."""
+    world = bench.Bench("small", group=2, prompts=1, visual=64, mean=4)
+    world.lengths = [[3, 1]]
+    p, text = len(world.prompts[0].ids), world.model.config.text_config
+    layers = sum(w.numel() for n, w in world.model.named_parameters() if "language_model.layers" in n)
+    vision = sum(w.numel() for n, w in world.model.named_parameters() if "visual" in n)
+    for ours, times in ((True, 1), (False, 2)):
+        pairs = times * p * p / 2 + (3 * p + 4.5) + (p + 0.5)
+        forward = 2 * layers * (times * p + 4) + 2 * 256 * vision * times + 2 * 512 * 8192 * 4 + pairs * 4 * 8 * 64 * 8
+        assert bench.update_flops(world, ours) == pytest.approx(3 * forward)
+    weights = sum(w.numel() for w in world.model.model.language_model.parameters())
+    slot = 2 * text.num_hidden_layers * text.num_key_value_heads * 64 * 4
+    rows = (2, 1, 1)
+    cache = slot * (p * sum(rows) + 0 + 1 + 2)
+    memory, both = bench.decode_bounds(world, 1e9, 1e9)
+    assert memory == pytest.approx((4 * weights * len(rows) + cache) / 1e9)
+    assert both == pytest.approx((4 * weights * len(rows) + cache) / 1e9), "two operations a weight, and four bytes"
+    assert bench.decode_bounds(world, 1e9, 1e8)[1] == pytest.approx(2 * weights * sum(rows) / 1e8 + cache / 1e9)
