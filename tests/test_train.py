@@ -21,7 +21,7 @@ from curriculum import Batch
 from data import Processor, Record, load_records, save_records
 from eval import judge, read_responses
 from rewards import Response, Rewards, group_rewards
-from rollout import Packed, Policy, load_policy, response_logprobs, sample_groups
+from rollout import Packed, Policy, Sample, load_policy, response_logprobs, sample_groups
 from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -167,14 +167,25 @@ def test_rows_and_micro_batches_keep_to_the_budget(rollout):
     groups, *_ = rollout
     for budget in (1, 150, 400, 1000, 10**6):
         rows = [row for g in groups for row in train.pack_group(g, [0.1, 0.2, 0.3, 0.4], [0, 1, 3], budget)]
-        assert [r for row in rows for r in row.responses] == [g.samples[i].ids for g in groups for i in (0, 1, 3)]
-        assert [a for row in rows for a in row.advantages] == [0.1, 0.2, 0.4] * len(groups)
+        for row in rows:  # what stands side by side is of one response
+            assert len(row.responses) == len(row.advantages) == len(row.sampled)
+        packed = [(r, a, s.tolist()) for row in rows for r, a, s in zip(row.responses, row.advantages, row.sampled)]
+        kept = [(g.samples[i], a) for g in groups for i, a in ((0, 0.1), (1, 0.2), (3, 0.4))]
+        assert sorted(packed) == sorted((s.ids, a, s.logprobs.tolist()) for s, a in kept)
         assert all(len(row) <= budget or len(row.responses) == 1 for row in rows)
         rows[0].responses[0] = rows[0].responses[0] * 4  # unequal rows: padding counts too
         micros = train.micro_batches(rows, budget)
         assert sorted(map(id, sum(micros, []))) == sorted(map(id, rows))
         assert all(len(m) * max(map(len, m)) <= budget or len(m) == 1 for m in micros)
     assert len(micros) == 1 and len(rows) == len(groups)
+
+
+def test_a_group_is_packed_into_few_rows(rollout):
+    """Each row computes the prompt and its picture again: taken as they come, these responses made three rows."""
+    group = rollout[0][0]
+    samples = [Sample("", [40] * n, False, torch.zeros(n)) for n in (70, 60, 30, 40)]
+    rows = train.pack_group(replace(group, samples=samples), [0.0] * 4, [0, 1, 2, 3], len(group.prompt.ids) + 100)
+    assert [list(map(len, row.responses)) for row in rows] == [[70, 30], [60, 40]]
 
 
 @pytest.mark.parametrize("updates, forwards, rows", [(1, 1, 3), (2, 3, 4), (4, 5, 5)])
