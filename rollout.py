@@ -22,8 +22,8 @@ own (`Sequences`). The kernel is flash-attention's or torch's own on a GPU, and 
 
     python rollout.py --model CHECKPOINT --image x.png --question "..."
 
-Shapes: P prompts, G responses of a group, N = P * G responses, T response tokens, B rows of L tokens each that the
-trainer packs, S slots of the sampler's cache, H hidden size, V vocabulary.
+Shapes: P prompts, G responses of a group, N = P * G responses, T response tokens, L tokens of all rows that the trainer
+packs together, S slots of the sampler's cache, H hidden size, V vocabulary.
 """
 from __future__ import annotations
 
@@ -213,7 +213,9 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
     text, mask = model.model.language_model, inputs.pop("attention_mask")  # (None where nothing is padded)
     real = torch.ones_like(input_ids) if mask is None else mask  # [P, L] 0: padding
     position = (inputs["position_ids"][-1, :, -1] + 1).repeat_interleave(repeats)  # [N] of the first response token
-    output = model._prefill(input_ids, generation_config, inputs | {"sequences": Sequences.of(real.cpu() - 1, device)})
+    places = [row.nonzero()[:, 0] + p * len(row) for p, row in enumerate(real.cpu())]
+    own = Sequences.of([(place, place) for place in places], device)  # (each prompt sees itself alone)
+    output = model._prefill(input_ids, generation_config, inputs | {"sequences": own})
     cache = getattr(output, "cache", None) or output.past_key_values  # (renamed in transformers 5.2x)
     slots = Slots(cache.layers, (real == 0).sum(1), repeats, output.logits.dtype, steps)
     logits = output.logits[:, -1].repeat_interleave(repeats, 0)
@@ -337,9 +339,9 @@ class Packed:
 
 @dataclass
 class Sequences:
-    """Who sees whom among B rows of L tokens: sequences of queries and keys, causal and aligned at their ends."""
+    """Who sees whom among the tokens of a batch: sequences of queries and keys, causal and aligned at their ends."""
 
-    queries: torch.Tensor  # [n] places in B * L, sequence after sequence; padding is in none
+    queries: torch.Tensor  # [n] places in the batch, flat, sequence after sequence; padding is in none
     keys: torch.Tensor  # [m] the same for their keys
     ends_q: torch.Tensor  # [sequences + 1] int32, where each begins and ends
     ends_k: torch.Tensor  # [sequences + 1]
@@ -347,15 +349,9 @@ class Sequences:
     longest_k: int
 
     @classmethod
-    def of(cls, segment: torch.Tensor, device: torch.device) -> Sequences:
-        """segment [B, L], on the CPU: 0 in the prompt, 1 .. in the responses, -1 at padding. A prompt sees itself, a
-        response its prompt and itself."""
-        queries: list[torch.Tensor] = []
-        keys: list[torch.Tensor] = []
-        for row, places in zip(segment, torch.arange(segment.numel()).view(segment.shape)):
-            for g in range(int(row.max()) + 1):
-                queries.append(places[row == g])
-                keys.append(places[(row == 0) | (row == g)])
+    def of(cls, parts: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Sequences:
+        """parts: of each sequence the places of its queries and of its keys."""
+        queries, keys = zip(*parts)
         lengths_q, lengths_k = list(map(len, queries)), list(map(len, keys))
         ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
         return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), ends_q, ends_k, max(lengths_q),
@@ -364,36 +360,40 @@ class Sequences:
 
 @dataclass
 class Packing:
-    """B rows of L tokens, packed, as the model is fed them."""
+    """Packed rows as the model is fed them: in one, one after the other, L tokens without padding."""
 
-    inputs: dict[str, torch.Tensor]  # input_ids [B, L], position_ids [3, B, L], pixel_values, image_grid_thw
+    inputs: dict[str, torch.Tensor]  # input_ids [1, L], position_ids [3, 1, L], pixel_values, image_grid_thw
     sequences: Sequences
-    before: torch.Tensor  # [n] for each response token the place in B * L whose hidden state foretells it
+    before: torch.Tensor  # [n] for each response token the place whose hidden state foretells it
     targets: torch.Tensor  # [n] the token
 
 
 def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Packing:
-    """Rows side by side, padded on the right. A response's positions begin where the prompt's end."""
-    shape = len(rows), max(map(len, rows))
-    ids, segment = torch.full(shape, processor.pad_id), torch.full(shape, -1)
-    positions = torch.zeros(3, *shape, dtype=torch.long)
-    before: list[int] = []
-    for b, row in enumerate(rows):
-        prompt, start = row.prompt.ids, len(row.prompt.ids)
-        ids[b, :start], segment[b, :start] = prompt, 0
-        positions[:, b, :start] = torch.arange(start)
+    """A prompt sees itself, a response its prompt and itself, and its positions begin where the prompt's end."""
+    ids: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    before: list[torch.Tensor] = []
+    end = 0
+    for row in rows:
+        prompt, own = row.prompt.ids, end + torch.arange(len(row.prompt.ids))
+        position = torch.arange(len(prompt)).expand(3, -1)
         if row.prompt.grid is not None:
             pictured = (prompt == processor.image_id).int()[None]
-            positions[:, b, :start] = model.model.get_rope_index(
+            position = model.model.get_rope_index(
                 prompt[None], mm_token_type_ids=pictured, image_grid_thw=row.prompt.grid)[0][:, 0]
-        first = positions[:, b, :start].max() + 1
-        for g, response in enumerate(row.responses, 1):
-            end = start + len(response)
-            ids[b, start:end], segment[b, start:end] = torch.tensor(response), g
-            positions[:, b, start:end] = first + torch.arange(len(response))
-            before += [b * shape[1] + place for place in (len(prompt) - 1, *range(start, end - 1))]
-            start = end
-    inputs = {"input_ids": ids, "position_ids": positions}
+        ids.append(prompt)
+        positions.append(position)
+        parts.append((own, own))
+        end += len(prompt)
+        for response in map(torch.tensor, row.responses):
+            count = torch.arange(len(response))
+            ids.append(response)
+            positions.append((position.max() + 1 + count).expand(3, -1))
+            parts.append((end + count, torch.cat([own, end + count])))
+            before += [own[-1:], end + count[:-1]]
+            end += len(response)
+    inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, 1)[:, None]}
     pictures = [(prompt.pixels, prompt.grid) for prompt in (row.prompt for row in rows)
                 if prompt.pixels is not None and prompt.grid is not None]
     if pictures:
@@ -401,8 +401,8 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
         inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
     device = device_of(model)
     targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])
-    return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(segment, device),
-                   torch.tensor(before, device=device), targets.to(device))
+    return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(parts, device),
+                   torch.cat(before).to(device), targets.to(device))
 
 
 def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[Packed], temperature: float,
@@ -428,7 +428,7 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
         if blank and blank.pixels is not None and blank.grid is not None and "pixel_values" not in packing.inputs:
             seen = tree_leaves(model.model.visual(blank.pixels.to(device), grid_thw=blank.grid.to(device)))
         hidden = model.model(**packing.inputs, sequences=packing.sequences,
-                             use_cache=False).last_hidden_state.flatten(0, 1)[packing.before]  # [n, H]
+                             use_cache=False).last_hidden_state[0, packing.before]  # [n, H]
         for features in seen:  # (a gradient of 0, and not none)
             hidden = hidden + 0 * features.sum() if features.is_floating_point() else hidden
         parts = [checkpoint(head, h, t, use_reentrant=False)

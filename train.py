@@ -233,12 +233,13 @@ def pack_group(group: Group, advantages: list[float], kept: list[int], budget: i
 
 
 def micro_batches(rows: list[Packed], budget: int) -> list[list[Packed]]:
-    """Rows of like length together, as many as come, padded, to at most budget tokens, but one at least."""
+    """As many rows together as come to at most budget tokens, but one at least."""
     batches: list[list[Packed]] = []
     for row in sorted(rows, key=len, reverse=True):  # the longest first: too little memory shows at once
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > budget:
-            batches.append([])
-        batches[-1].append(row)
+        batch = next((batch for batch in batches if sum(map(len, batch)) + len(row) <= budget), None)
+        if batch is None:
+            batches.append(batch := [])
+        batch.append(row)
     return batches
 
 
