@@ -2,37 +2,42 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import logging
 import sys
 
 import bench
 import pytest
 import torch
-from conftest import ROOT
 
 
-def figures(tmp_path, *options: str) -> list[dict]:
-    out = tmp_path / "bench.jsonl"
-    command = [sys.executable, str(ROOT / "tests/bench.py"), "--size", "tiny", "--repeats", "1", "--out", str(out)]
-    subprocess.run([*command, *options], check=True, capture_output=True)
-    return list(map(json.loads, out.read_text().splitlines()))
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    """Give the lines of a benchmark with these options, run in this process."""
+    def run(*options: str) -> list[dict]:
+        out = tmp_path / "bench.jsonl"
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--size", "tiny", "--repeats", "1", "--out", str(out), *options])
+        bench.main()
+        return list(map(json.loads, out.read_text().splitlines()))
+
+    yield run
+    logging.disable(logging.NOTSET)
 
 
-@pytest.mark.run
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_runs(figures, capsys):
     """The one command for a GPU must not be broken when a GPU is at hand. (The ways themselves assert the lengths.)"""
-    lines = figures(tmp_path, "--no-trl")
+    lines = figures("--no-trl")
     conclusions = lines[-1]["conclusions"]
     assert {"rollout, plain / ours", "score + backward, plain / ours"} <= conclusions.keys()
     assert all(value > 0 for value in conclusions.values()) and conclusions["decode, share of its floor"] < 1
     assert sum("seconds" in line for line in lines) == sum("gib" in line for line in lines) == 6
     assert not [line for line in lines if "left_out" in line]
+    written = capsys.readouterr()
+    assert "| step, ours | " in written.out and len(written.err.splitlines()) >= len(lines)
 
 
-@pytest.mark.run
-def test_a_budget_that_is_spent_ends_it(tmp_path):
+def test_a_budget_that_is_spent_ends_it(figures):
     """A GPU is lent for ten minutes: what was measured by then is on disk, and nothing begins after."""
-    lines = figures(tmp_path, "--budget", "0")
+    lines = figures("--budget", "0")
     assert [line["left_out"] for line in lines if "way" in line] == ["no time"] * 12
 
 
