@@ -42,10 +42,10 @@ from huggingface_hub import DatasetCardData
 from tqdm import tqdm
 
 from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, check_records, load_records, number, parsed,
-                  raise_or_skip, read_cells, save_records, told_apart)
+                  raise_or_skip, read_cells, run_program, save_records, told_apart)
 from eval import (FREE, Result, begun, claim, data_digest, markdown, model_digest, read_json, render, roll_out,
                   section_of, vote, write_json, write_page)
-from rewards import MAX_ANSWER, answer_matches, gold_fault, parse_number
+from rewards import answer_matches, gold_fault, parse_number
 from rollout import load_to_sample, on_rank_0, rank_and_world, start_processes, stop_processes
 
 SAMPLES = 8  # N, rollouts a problem
@@ -86,10 +86,8 @@ def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
 def measure(result: Result) -> Record:
     """A problem's record with its difficulty, its complexity and, in meta["rollouts"], what they were counted from."""
     assert isinstance(result.record, Record)  # (none was dropped: all were checked)
-    # (a longer answer is wrong whatever the gold, and stays so when cut to one character too many)
     return with_rollouts(result.record, [
-        {"answer": r.answer and r.answer[:MAX_ANSWER + 1], "accuracy": r.accuracy, "tokens": r.tokens}
-        for r in result.responses])
+        {"answer": r.answer, "accuracy": r.accuracy, "tokens": r.tokens} for r in result.responses])
 
 
 # --- the ladder -------------------------------------------------------------------------------------------------------
@@ -134,20 +132,19 @@ def off_shares(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list
     """How [S, L] problems differ, by more than rounding, from [S] sizes in the shares of mixing: a line a stage."""
     lines = []
     for stage, (row, wanted) in enumerate(zip(table, sizes)):
-        want = wanted * mixing[stage]
-        short = [f"{abs(wanted - row.sum())} problems {'short of' if row.sum() < wanted else 'over'} {wanted}"]
-        parts = [f"level {level} {row[level]} instead of {want[level]:.0f}"
-                 for level in np.flatnonzero(np.abs(row - want) >= 2)]
-        if parts or row.sum() != wanted:
-            lines.append(f"stage {stage}: " + ", ".join((short if row.sum() != wanted else []) + parts))
+        want, missing = wanted * mixing[stage], wanted - row.sum()
+        parts = [f"{abs(missing)} problems {'short of' if missing > 0 else 'over'} {wanted}"] if missing else []
+        parts += [f"level {level} {row[level]} instead of {want[level]:.0f}"
+                  for level in np.flatnonzero(np.abs(row - want) >= 2)]
+        if parts:
+            lines.append(f"stage {stage}: {', '.join(parts)}")
     return lines
 
 
 def allot(supply: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> np.ndarray:
     """How many problems each stage takes from each level: [S] sizes, [L] supply -> [S, L] int.
     Shares of `mixing` as far as the supply goes; an over-drawn level is shared out in proportion, and its stages are
-    filled from the rest of their windows. A stage falls short only when its whole window is empty.
-    """
+    filled from the rest of their windows. A stage falls short only when its whole window is empty."""
     want = sizes[:, None] * mixing
     drawn = want.sum(0)
     take = np.floor(want * np.minimum(1, supply / np.maximum(drawn, 1e-12)) + 1e-9).astype(int)
@@ -232,10 +229,10 @@ def blocks_of(records: list[Record], order: str, stages: range | None) -> list[t
             raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, or train "
                              "on the data as it is with --order random")
         blocks.setdefault(stage, []).append(record)
-    if stages is not None and (missing := [stage for stage in stages if stage not in blocks]):
+    taken = list(blocks if stages is None else stages)
+    if missing := [stage for stage in taken if stage not in blocks]:
         raise ValueError(f"the data has no stage {missing[0]}; its stages are {sorted(blocks)}")
-    kept = [stage for stage in blocks if stages is None or stage in stages]
-    return [(stage, blocks[stage]) for stage in sorted(kept, reverse=order == "reverse")]
+    return [(stage, blocks[stage]) for stage in sorted(taken, reverse=order == "reverse")]
 
 
 class Curriculum:
@@ -244,8 +241,7 @@ class Curriculum:
     order: ladder (stages easy to hard) | reverse (stages hard to easy) | sorted (by difficulty, then complexity,
     without mixing: a stage is a level) | random (all shuffled, no stages; the only one for unmeasured data).
     stages: which stages to take; None for all. Inside a stage of ladder and reverse the shuffle is seeded.
-    A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config.
-    """
+    A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config."""
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
                  seed: int = 0):
@@ -265,9 +261,8 @@ class Curriculum:
 
     def __iter__(self) -> Iterator[Batch]:
         while self.position < len(self.batches):
-            batch = self.batches[self.position]
             self.position += 1
-            yield batch
+            yield self.batches[self.position - 1]
 
     def undo(self) -> None:
         """Give the newest batch back: it was not learned from."""
@@ -293,7 +288,7 @@ class Curriculum:
 
 # --- review of golds --------------------------------------------------------------------------------------------------
 
-COLUMNS = ("id", "question", "gold", "majority", "votes", "decision", "new_gold")
+Decisions = dict[str, tuple[str, Record | None]]  # id -> keep, drop or fix, and the corrected record
 REVIEW = """No rollout met the gold of these {count} problems. The likeliest wrong golds come first: those where the
 rollouts agree most on one other answer. Write into review.csv, column decision: keep (the gold is right), drop, or fix
 with the right answer in new_gold; then run curriculum.py again with --corrections review.csv. Rows without a decision
@@ -305,15 +300,15 @@ def majority(record: Record) -> tuple[str, int]:
     answers = [rollout["answer"] for rollout in record.meta["rollouts"] if rollout["answer"] is not None]
     if not answers:
         return "", 0
-    [(winner, count)] = Counter(vote(answer, record) for answer in answers).most_common(1)
-    return next(answer for answer in answers if vote(answer, record) == winner), count
+    votes = [vote(answer, record) for answer in answers]
+    [(winner, count)] = Counter(votes).most_common(1)
+    return answers[votes.index(winner)], count
 
 
 def write_review(records: list[Record], folder: Path, per_page: int = 200) -> None:
     """Records with meta["rollouts"] -> folder/review.html (then review-2.html, ...) and review.csv, likely wrong first.
 
-    A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so.
-    """
+    A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so."""
     ranked = [(record, *majority(record)) for record in tqdm(records, "counting answers")]
     ranked.sort(key=lambda row: (-row[2], row[0].id))
     pages = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
@@ -333,7 +328,7 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(["id", "question", "gold", "majority", "votes", "decision", "new_gold"])
     for record, answer, votes in ranked:
         writer.writerow([record.id, cell(record.text), cell(" or ".join(record.golds)), cell(answer),
                          f"{votes} of {len(record.meta['rollouts'])}", "", ""])
@@ -345,18 +340,17 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
         path.write_bytes(content)
 
 
-def read_corrections(path: Path, records: Iterable[Record]) -> dict[str, tuple[str, Record | None]]:
-    """A review.csv that a person edited -> {id: (decision, corrected record or None)}; undecided rows are left out.
+def read_corrections(path: Path, records: Iterable[Record]) -> Decisions:
+    """A review.csv that a person edited -> its Decisions; undecided rows are left out.
 
-    Raises one ValueError that names every row that cannot be used, by line, with what to do.
-    """
+    Raises one ValueError that names every row that cannot be used, by line, with what to do."""
     try:
         rows = list(read_cells(path, ("id", "decision", "new_gold")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}; edit the review.csv of a build, and save it as CSV in UTF-8"
                          ) from error
     known = {record.id: record for record in records}
-    decisions: dict[str, tuple[str, Record | None]] = {}
+    decisions: Decisions = {}
     bad = []
     for line, row in rows:
         try:
@@ -394,19 +388,17 @@ def with_gold(record: Record, gold: str) -> Record:
     for kind in (record.answer_type, ""):
         try:
             fixed = replace(record, answer=gold, answer_type=kind)
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        if (fault := gold_fault(fixed)) is None:
+            if fault := gold_fault(fixed):
+                raise ValueError(fault)
             return fixed
-        faults.append(fault)
-    raise ValueError(faults[0])
+        except ValueError as error:
+            faults.append(error)
+    raise faults[0]
 
 
-def apply_review(records: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[Record]:
+def apply_review(records: list[Record], decisions: Decisions) -> list[Record]:
     """Measured records after review: dropped ones left out, and where the gold is new the stored rollouts judged anew,
-    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known.
-    """
+    for what was wrong may now be right. Raises ValueError where the rollouts of such a record are not known."""
     reviewed = []
     for record in records:
         decision, fixed = decisions.get(record.id, ("", None))
@@ -434,8 +426,7 @@ def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, no
     """The data set's card: its front matter makes the hub and `datasets` take ladder.parquet alone for the train split.
 
     counts: tables by level, stage and source; settings: what measured the problems; notes: how the ladder was built,
-    and where it departs from the shares.
-    """
+    and where it departs from the shares."""
     licences = {licence(r.source) for r in ladder}
     [name] = licences if len(licences) == 1 else ["other"]
     bounds = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", np.inf: "n>1M"}
@@ -444,7 +435,8 @@ def write_card(path: Path, ladder: list[Record], counts: str, settings: dict, no
         task_categories=["image-text-to-text"], tags=["curriculum", "reasoning", "reinforcement-learning"],
         size_categories=[next(size for limit, size in bounds.items() if len(ladder) < limit)],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "ladder.parquet"}]}])
-    measured = markdown(["setting", "value"], [[key.replace("_", " "), str(value)] for key, value in settings.items()])
+    measured = markdown(["setting", "value"], [[key.replace("_", " "), str(value)] for key, value in settings.items()
+                                               if key != "program"])
     path.write_text(render("card.md", front=front.to_yaml(), count=len(ladder), samples=settings.get("samples", "the"),
                            picture=path.with_name("ladder.png").exists(), counts=counts, notes=notes,
                            measured=measured), encoding="utf-8")
@@ -461,7 +453,7 @@ def report(ladder: list[Record]) -> str:
                        str(PAPER_COMPLEXITY[level])])
     stages = [[str(stage), str(row.sum()), *map(str, row)] for stage, row in enumerate(table)]
     sources = []
-    for source, count in sorted(Counter(r.source for r in ladder).items(), key=lambda item: (-item[1], item[0])):
+    for source, count in Counter(sorted(r.source for r in ladder)).most_common():
         name = " ".join(source.replace("|", "/").split()) or "(not named)"
         sources.append([name, str(count), licence(source)])
     return "\n\n".join([
@@ -518,14 +510,13 @@ def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
     known = builds[0] if len(builds) == len(files) else {"model": "unknown in part" if builds else "unknown"}
     if len(builds) != 1 or len(args.data) > 1 or args.limit is not None:
         known = known | {"data": data_digest(records)}
-    return {key: value for key, value in known.items() if key != "program"}
+    return known
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     """Everything that can be refused before hours are lost -> usable records by id, and what measures or measured them.
 
-    The settings go to settings.json, so that the same command can go on and another one is refused.
-    """
+    The settings go to settings.json, so that the same command can go on and another one is refused."""
     ladder = (args.out / "ladder.parquet").resolve()
     if any(ladder in (Path(path).resolve(), Path(path).resolve() / ladder.name) for path in args.data):
         raise ValueError(f"--out {args.out} would write over the ladder that --data reads; build from measured.parquet "
@@ -537,9 +528,9 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
                          "build from the measured ones alone, or take difficulty and complexity out of all")
     if raw and not args.model:
         raise ValueError("the records are not measured yet; give the --model that is to measure them")
-    settings = to_measure(args, records) if raw else measured_with(args, records)
+    settings = {"program": "curriculum.py"} | (to_measure(args, records) if raw else measured_with(args, records))
     dropped_ids = args.out / "dropped.json"
-    goes_on = begun(args.out, {"program": "curriculum.py"} | settings, FREE) and dropped_ids.exists()
+    goes_on = begun(args.out, settings, FREE) and dropped_ids.exists()
     dropped = set(read_json(dropped_ids)) if goes_on else set()
     if raw and not goes_on:  # (checked once: it takes a while)
         usable = records
@@ -550,7 +541,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Record], dict]:
     records = [r for r in records if r.id not in dropped]
     if args.corrections:
         read_corrections(args.corrections, records)
-    claim(args.out, {"program": "curriculum.py"} | settings)
+    claim(args.out, settings)
     write_json(dropped_ids, sorted(dropped))
     return records, settings
 
@@ -564,8 +555,15 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     reviewed = apply_review(records, decisions)
     pool = low_complexity_cut(reviewed, args.low_complexity)
     ladder = build_ladder(pool, args.size, args.seed)
+    decided = Counter(decision for decision, _ in decisions.values())
+    unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
+    warning = "No unreviewed gold of difficulty 1 is on the ladder."
+    if unreviewed:
+        warning = (f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some may be "
+                   "wrong.**")
     notes = [f"{len(records)} measured problems, {len(unsolved)} of them never solved.",
-             *review_notes(ladder, decisions),
+             f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and "
+             f"the rollouts judged anew, {decided['drop']} dropped). {warning}",
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
              f"(quantile {args.low_complexity}).",
              *share_notes(ladder, pool, args)]
@@ -574,17 +572,6 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
     save_records(str(args.out / "ladder.parquet"), bare)
     write_card(args.out / "README.md", ladder, counts, settings, notes)
     print(counts, "", *notes, f"-> {args.out}", sep="\n")
-
-
-def review_notes(ladder: list[Record], decisions: dict[str, tuple[str, Record | None]]) -> list[str]:
-    decided = Counter(decision for decision, _ in decisions.values())
-    unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
-    warning = "No unreviewed gold of difficulty 1 is on the ladder."
-    if unreviewed:
-        warning = (f"**Nobody reviewed the golds of {unreviewed} problems of difficulty 1 on the ladder: some may be "
-                   "wrong.**")
-    return [f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and the "
-            f"rollouts judged anew, {decided['drop']} dropped). {warning}"]
 
 
 def share_notes(ladder: list[Record], pool: list[Record], args: argparse.Namespace) -> list[str]:
@@ -602,24 +589,24 @@ def share_notes(ladder: list[Record], pool: list[Record], args: argparse.Namespa
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure problems by a model's own rollouts and build a ladder. "
                                      "(`curriculum.py show LADDER` prints one.)")
-    positive = number(int, 1)
-    parser.add_argument("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
-    parser.add_argument("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
-    parser.add_argument("--filter-model", help="of the simple-question filter (default: --model)")
-    parser.add_argument("--keep-simple", action="store_true", help="no filter: keep what is answered right at once")
-    parser.add_argument("--corrections", type=Path, help="review.csv with decisions: keep, drop, fix with a new_gold")
-    parser.add_argument("--low-complexity", type=number(float, 0, 0.99), default=0.1,
-                        help="drop difficulty-0 problems below this quantile of their complexities; 0: none")
-    parser.add_argument("--size", type=positive, help="problems on the ladder (default: all that the shares allow)")
-    parser.add_argument("--limit", type=positive, help="first so many problems only")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of sampling and of the order inside a stage")
-    parser.add_argument("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
-    parser.add_argument("--temperature", type=number(float, TINY), default=1.0, help="of training")
-    parser.add_argument("--max-tokens", type=positive, default=8192, help="longest response, as in training")
-    parser.add_argument("--max-pixels", type=positive, default=2_560_000, help="area above which pictures are shrunk")
-    parser.add_argument("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
+    option, positive = parser.add_argument, number(int, 1)
+    option("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
+    option("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
+    option("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
+    option("--filter-model", help="of the simple-question filter (default: --model)")
+    option("--keep-simple", action="store_true", help="no filter: keep what is answered right at once")
+    option("--corrections", type=Path, help="review.csv with decisions: keep, drop, fix with a new_gold")
+    option("--low-complexity", type=number(float, 0, 0.99), default=0.1,
+           help="drop difficulty-0 problems below this quantile of their complexities; 0: none")
+    option("--size", type=positive, help="problems on the ladder (default: all that the shares allow)")
+    option("--limit", type=positive, help="first so many problems only")
+    option("--skip-bad", action="store_true", help="leave out records that cannot be used")
+    option("--seed", type=number(int, 0), default=0, help="of sampling and of the order inside a stage")
+    option("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
+    option("--temperature", type=number(float, TINY), default=1.0, help="of training")
+    option("--max-tokens", type=positive, default=8192, help="longest response, as in training")
+    option("--max-pixels", type=positive, default=2_560_000, help="area above which pictures are shrunk")
+    option("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
     args = parser.parse_args()
     args.filter_model = args.filter_model or args.model
     # No evaluation's: the responses that made a problem easy must not be the very ones that score it.
@@ -637,8 +624,7 @@ def show(argv: list[str]) -> None:
 def measure_all(args: argparse.Namespace, records: list[Record]) -> list[Record]:
     """The simple-question filter, then N rollouts of what it leaves, on all ranks. A collective.
 
-    Raises ValueError when all problems are simple.
-    """
+    Raises ValueError when all problems are simple."""
     def measured(name: str, model: str, **sampling) -> list[Record]:
         load = partial(load_to_sample, model, args.max_pixels)
         results = roll_out(args.out, name, records, load, max_rows=args.rows, seed=args.sampling_seed,
@@ -672,9 +658,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    run_program(main)

@@ -29,7 +29,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +44,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from pyarrow.dataset import ParquetFragmentScanOptions
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from rewards import RULES, chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
@@ -84,7 +85,7 @@ class Record:
         """Settle golds and answer type. ValueError naming the record for a gold that no rule can read."""
         try:
             answer, choices, kind = read_gold(self.answer, self.choices, self.answer_type)
-            for name, (high, what) in MEASURES.items():
+            for name, (_, high, what) in NUMBERS.items():
                 value = getattr(self, name)
                 if value is not None and not 0 <= value <= high:
                     raise ValueError(f"its {name} is {value}; it is {what}, from 0 to {high:g}")
@@ -118,8 +119,8 @@ class Record:
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
 
 
-MEASURES = {"precision": (15, "the decimals to compare"), "difficulty": (1, "1 - pass rate"),
-            "complexity": (1e9, "a mean length in tokens"), "stage": (8, "a rung of the ladder")}
+NUMBERS = {"precision": (int, 15, "the decimals to compare"), "difficulty": (float, 1, "1 - pass rate"),
+           "complexity": (float, 1e9, "a mean length in tokens"), "stage": (int, 8, "a rung of the ladder")}
 
 
 # --- what the model is fed --------------------------------------------------------------------------------------------
@@ -141,8 +142,7 @@ def open_image(image, record_id: str) -> Image.Image:
     """A PIL image, Picture, path or bytes -> RGB PIL image of 8 bits, as a camera was held; transparency becomes white.
 
     Raises ValueError naming the record when the picture is missing, truncated, absurdly large or thin, in none of
-    PICTURE_FORMATS, or of numbers whose range nobody knows.
-    """
+    PICTURE_FORMATS, or of numbers whose range nobody knows."""
     try:
         image = image.read() if isinstance(image, Picture) else image
         if not isinstance(image, Image.Image):
@@ -176,8 +176,7 @@ class Processor:
     """Tokenizer and image processor of a Qwen-VL checkpoint.
 
     Placeholders are written by hand, grid.prod() / merge_size^2 to a picture, because transformers' own processor
-    class demands torchvision for videos, which we never feed.
-    """
+    class demands torchvision for videos, which we never feed."""
 
     VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -211,8 +210,7 @@ class Processor:
         """Record -> Prompt, in prompt style `style`. Never truncates: cutting a prompt would cut image tokens.
 
         Raises ValueError naming the record: pictures and `<image>` marks that differ in number, vision tokens written
-        in the question, a prompt over max_tokens.
-        """
+        in the question, a prompt over max_tokens."""
         if found := [t for t in {*self.VISION_TOKENS, *self.tokenizer.all_special_tokens} if t in record.text]:
             raise ValueError(f"record {record.id}: its text holds the model's own token {found[0]}; remove it")
         messages = [{"role": "system", "content": [{"type": "text", "text": PROMPTS[style]}]},
@@ -241,13 +239,9 @@ class Processor:
     def collate(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
         """Prompts, padded on the left -> the model's inputs: input_ids, attention_mask, mm_token_type_ids [B, T];
         pixel_values [N, D] and image_grid_thw [I, 3] when any row has pictures, in row order."""
-        width = max(len(p.ids) for p in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            start = width - len(prompt.ids)
-            ids[row, start:] = prompt.ids
-            mask[row, start:] = 1
+        padded = partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = padded([p.ids for p in prompts], padding_value=self.pad_id)
+        mask = padded([torch.ones_like(p.ids) for p in prompts])
         # Left out, mm_token_type_ids fails silently: image tokens would get the positions of text.
         batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == self.image_id).int()}
         if pixels := [p.pixels for p in prompts if p.pixels is not None]:
@@ -275,8 +269,7 @@ def load_records(path_or_id: str, limit: int | None = None, skip_bad: bool = Fal
     ladder.parquet, else all its files, if they are of one split; those of a split (`folder@train`); what `save_to_disk`
     wrote. Pictures lie in the file or beside it: paths start at its folder and may not leave it.
     Raises ValueError: for a file that cannot be read; or one for all records that cannot be used, naming file, record
-    and remedy. skip_bad drops such records instead, and prints them. No picture is opened: check_records does that.
-    """
+    and remedy. skip_bad drops such records instead, and prints them. No picture is opened: check_records does that."""
     good: list[Record] = []
     bad: list[str] = []
     with tqdm(read_any(path_or_id), f"reading {Path(path_or_id).name}", unit=" records", disable=QUIET) as bar:
@@ -304,7 +297,7 @@ def raise_or_skip(name: str, good: list[T], bad: list[str], skip_bad: bool) -> l
     return good
 
 
-def verifiable(item: Record | Dropped) -> Record | Dropped:
+def verifiable(item: Made) -> Made:
     """The record, or why no rule can read its gold. Asks math-verify: several threads may do so at once."""
     fault = gold_fault(item) if isinstance(item, Record) else None
     return Dropped(item.id, "unverifiable", fault, item.images, item.meta) if fault else item
@@ -313,8 +306,7 @@ def verifiable(item: Record | Dropped) -> Record | Dropped:
 def check_records(processor: Processor, records: list[Record], style: str, max_tokens: int | None = None,
                   skip_bad: bool = False) -> list[Record]:
     """The records whose golds can be judged and whose prompts can be encoded, as training will (nothing less finds a
-    truncated picture). Raises one ValueError for all the others; skip_bad drops and prints them instead.
-    """
+    truncated picture). Raises one ValueError for all the others; skip_bad drops and prints them instead."""
     def fault(record: Record) -> str | None:
         try:
             processor.encode(record, style, max_tokens)
@@ -322,14 +314,16 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
             return str(error)
         return gold_fault(record)
 
-    faults: list[str | None] = []
-    with (tqdm(desc="checking", total=len(records), unit="problem", disable=QUIET) as bar,
-          ThreadPoolExecutor() as pool):  # Pillow decodes outside the GIL
-        for batch in batches(records):
-            faults += pool.map(fault, batch)
-            bar.update(len(batch))
+    faults = in_threads(fault, records, "checking")
     good = [record for record, found in zip(records, faults) if not found]
     return raise_or_skip("problems", good, [found for found in faults if found], skip_bad)
+
+
+def in_threads(work: Callable[[Any], T], items: Sequence, label: str, unit: str = "problem", delay: int = 0) -> list[T]:
+    """What work makes of each item, with a bar. (Pillow decodes outside the GIL; several workers check formulas.)"""
+    with ThreadPoolExecutor() as pool:
+        made = (one for batch in batches(items, 1000) for one in pool.map(work, batch))  # (what waits takes memory)
+        return list(tqdm(made, label, len(items), unit=unit, delay=delay, disable=QUIET))
 
 
 # === the fold: below, every way a record comes in and goes out: files, others' formats, published sets, leaks =========
@@ -348,11 +342,13 @@ SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "t
           "testset": "test", "testmini": "testmini", "val": "val", "valid": "val", "validation": "val", "dev": "dev",
           "eval": "eval", "heldout": "heldout", "holdout": "heldout"}  # words in names of files
 BATCH = 64  # rows in memory at once, and in a row group when written: with pictures far below Arrow's limit of 2 GiB
-Table = tuple[str, tuple[Path, ...], Iterator]  # name of a file or hub id, where its pictures may lie, numbered rows
+Rows = Iterator[tuple[int, Any]]  # numbered: objects, lines of JSON that hold one, or what is wrong with a row
+Table = tuple[str, tuple[Path, ...], Rows]  # name of a file or hub id, where its pictures may lie, its rows
+Made = Record | Dropped
 Convert = Callable[[dict], dict | Dropped]  # of a row -> fields of Record, values and pictures as they stand in the row
 
 
-def read_any(path_or_id: str, images: str | None = None) -> Iterator[Record | Dropped]:
+def read_any(path_or_id: str, images: str | None = None) -> Iterator[Made]:
     """Every record of a file, folder or hub id in any of FORMATS, one at a time; images: where its pictures lie, if not
     beside it. What was taken off or set aside is said at the end."""
     said = Counter[str]()
@@ -363,7 +359,7 @@ def read_any(path_or_id: str, images: str | None = None) -> Iterator[Record | Dr
             tqdm.write(f"{path_or_id}: of {count} records {what}", file=sys.stderr)
 
 
-def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> Iterator[Record | Dropped]:
+def read_tables(tables: Iterable[Table], convert: Convert, source: str = "") -> Iterator[Made]:
     """Rows -> records, one at a time. Equal ids of two files are told apart by these, unless the problem is one, or the
     source published. ValueError naming the file for one that cannot be read."""
     seen: dict[str, tuple[str, int]] = {}  # id -> its file, and hash of its text
@@ -398,7 +394,7 @@ def told_apart(record_id: str, path: str) -> str:
     return f"{Path(path).parent.name}/{Path(path).stem}/{record_id}"
 
 
-def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Record | Dropped:
+def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Made:
     """One row -> its record, or why it cannot be used; the caller adds where it stands. Here every value gets its type,
     in rows of all formats and sources."""
     record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
@@ -419,8 +415,8 @@ def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, 
         question = text_of(question, "question")
         reason = "malformed row"
         fields = {"source": source} | fields | {"choices": read_choices(fields.get("choices", ()))}
-        fields |= {name: read_number(fields[name], name, kind) for name, kind in NUMBERS.items() if name in fields}
-        fields |= {name: str(text_of(fields[name], name)) for name in ("source", "answer_type") if fields.get(name)}
+        fields |= {name: read_number(fields[name], name) for name in NUMBERS if name in fields}
+        fields |= {name: text_of(fields[name], name) for name in ("source", "answer_type") if fields.get(name)}
         gold = fields.pop("answer", None)
         golds = fields.pop("answers", None) or [gold]  # any of these is right
         reason = "null gold" if golds == [None] or str(golds).strip(" []()'\"") in NOTHING else "unverifiable"
@@ -457,7 +453,6 @@ def parsed(row) -> dict:
 
 # --- values: what a field may be --------------------------------------------------------------------------------------
 
-NUMBERS = {"precision": int, "difficulty": float, "complexity": float, "stage": int}
 NOTHING = ("", "nan", "NaN")  # what a table's empty cell becomes on its way through pandas
 PICTURE_PARTS = ("bytes", "path", "url", "image", "image_url", "filename", "file_name", "base64", "data")  # keys
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
@@ -478,8 +473,9 @@ def text_of(value, name: str) -> str:
     return value
 
 
-def read_number(value, name: str, kind: type) -> float:
-    """A number, or its digits: 2.0, as pandas writes an int beside a null, is 2."""
+def read_number(value, name: str) -> float:
+    """One of NUMBERS, or its digits: 2.0, as pandas writes an int beside a null, is 2."""
+    kind = NUMBERS[name][0]
     try:
         given = value if type(value) in (int, float) else float(text_of(value, name))
         number = kind(given)
@@ -493,8 +489,7 @@ def read_number(value, name: str, kind: type) -> float:
 def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
     """A gold as data has it -> the gold, or all of which any is right; and its answer type, where a list tells that.
 
-    A list of numbers is one answer, such as a box; one of letters a multi-select; of other texts any is right.
-    """
+    A list of numbers is one answer, such as a box; one of letters a multi-select; of other texts any is right."""
     if isinstance(answer, str) and kind != "list" and re.match(r"""\s*\[\s*['"]""", answer):  # (as a table has it)
         answer = literal(answer)
     if not isinstance(answer, (list, tuple)):
@@ -577,8 +572,7 @@ def read_meta(value, others: dict) -> dict:
 def read_pictures(value, folders: tuple[Path, ...]) -> tuple:
     """One or many pictures as data has them -> Pictures, bytes, and absolute paths inside one of `folders`.
 
-    Raises ValueError naming each one that is none: what is named is seen, or the model would train blind.
-    """
+    Raises ValueError naming each one that is none: what is named is seen, or the model would train blind."""
     if isinstance(value, str) and value.startswith("["):
         value = listed(value)
     many = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
@@ -663,7 +657,7 @@ def splits_of(file: Path) -> set[str]:
     return {SPLITS[word] for word in words if word in SPLITS}
 
 
-def saved_rows(folder: Path, split: str) -> Iterator[tuple[int, dict]]:
+def saved_rows(folder: Path, split: str) -> Rows:
     """Rows of a folder that `save_to_disk` of `datasets` wrote."""
     table = datasets.load_from_disk(str(folder))
     if isinstance(table, dict):
@@ -690,7 +684,7 @@ def hub_table(hub_id: str, split: str) -> Table:
     return hub_id, (Path(datasets.config.HF_CACHE_HOME),), enumerate(itertools.chain(*tables), 1)
 
 
-def file_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def file_rows(file: Path) -> Rows:
     """Numbered rows of one file. Lines of JSON stay bytes: a broken one is then a bad record, not a bad file."""
     if not file.stat().st_size:
         raise ValueError("the file is empty")
@@ -700,16 +694,14 @@ def file_rows(file: Path) -> Iterator[tuple[int, Any]]:
         yield from cell_rows(file)
     elif file.suffix == ".parquet":
         yield from enumerate(parquet_rows(file), 1)
+    elif file.suffix in (".xlsx", ".xls"):
+        raise ValueError(f"a spreadsheet; make a table of it: python -c \"import pandas; pandas.read_excel('{file}')"
+                         f".to_csv('{file}.tsv', sep='\\t', index=False)\"")
     else:
-        sheet = file.suffix in (".xlsx", ".xls")
-        raise ValueError(AS_TABLE.format(file) if sheet else f"it is not {', '.join(SUFFIXES)}")
+        raise ValueError(f"it is not {', '.join(SUFFIXES)}")
 
 
-AS_TABLE = ("a spreadsheet; make a table of it: python -c \"import pandas; pandas.read_excel('{0}').to_csv('{0}.tsv', "
-            "sep='\\t', index=False)\"")
-
-
-def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(file: Path) -> Rows:
     """Lines of JSON; or a list of rows; or an object of rows by id, or with one list; or SceMQA's object of such lists
     by subject, whose rows then have their subject and number. Told by what stands there: many lines are called .json.
     """
@@ -740,12 +732,11 @@ def json_list(found, name: str) -> list:
             for subject, group in lists for number, row in enumerate(group, 1)]
 
 
-def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
+def read_cells(file: Path, needed: Iterable[str] = ()) -> Rows:
     """A table, read strictly -> line, and the cells that hold something, of each row; or what is wrong with the row.
 
     Raises ValueError for a table without the needed columns, and, naming the line, where a quote is not closed at the
-    end of a cell: it may have swallowed all after it.
-    """
+    end of a cell: it may have swallowed all after it."""
     csv.field_size_limit(2**31 - 1)  # pictures are longer than csv's 128 KiB
     with open(file, newline="", encoding="utf-8-sig") as lines:
         head = lines.readline()
@@ -771,12 +762,11 @@ def read_cells(file: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, di
                              "one that is part of a text") from error
 
 
-def cell_rows(file: Path) -> Iterator[tuple[int, dict | ValueError]]:
+def cell_rows(file: Path) -> Rows:
     """Rows of a table, a hint before its question. VLMEvalKit's have an `index`, and the picture in base64 or the index
     of an earlier row that holds it."""
     pictures: dict[str, Any] = {}
-    for line, cells in read_cells(file):
-        row: Any = cells
+    for line, row in read_cells(file):
         if isinstance(row, dict):
             row |= {"question": f"Hint: {row.pop('hint')}\n{row.get('question', '')}"} if "hint" in row else {}
             if index := row.pop("index", ""):
@@ -885,14 +875,12 @@ def any_fields(row: dict, said: Counter) -> dict:
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
     several = reply is None and golds[:1] == ["answers"]
-    if several and isinstance(gold, str) and gold.startswith("["):  # (a table's cell)
-        gold = literal(gold)
-    if several and (not isinstance(gold, list) or not gold):
-        raise ValueError(f"its answers are {str(gold)[:80]!r}; write a list, of which any is right")
-    if several and str(left.get("answer", gold[0])) not in map(str, gold):
-        raise ValueError(f"its answer {left['answer']!r} is none of its answers, of which any is right: {gold}")
     if several:
-        left.pop("answer", None)
+        gold = literal(gold) if isinstance(gold, str) and gold.startswith("[") else gold  # (a table's cell)
+        if not isinstance(gold, list) or not gold:
+            raise ValueError(f"its answers are {str(gold)[:80]!r}; write a list, of which any is right")
+        if str(answer := left.pop("answer", gold[0])) not in map(str, gold):
+            raise ValueError(f"its answer {answer!r} is none of its answers, of which any is right: {gold}")
     lettered = [left.pop(letter, "") for letter in ascii_uppercase]  # (VLMEvalKit's columns)
     choices = offered = lettered if any(lettered) else left.pop("choices", left.pop("options", ()))
     if not ours and isinstance(question, str):
@@ -905,8 +893,10 @@ def any_fields(row: dict, said: Counter) -> dict:
                 and infer_answer_type((gold,), ()) == "text":
             raise ValueError(f"its answer {gold[:80]!r} is free text, which can be said in other words; give an "
                              "`answer_type` to have it compared word by word")
-        fields |= {"answer_type": ""} if choices and "pid" in row else {}
-        left |= {} if choices else {"options": offered} if offered else {}
+        if choices and "pid" in row:
+            fields["answer_type"] = ""
+        if offered and not choices:
+            left["options"] = offered
     rest = {key: value for key, value in left.items() if is_json(value)}
     said[f"keys that the model is not shown went into meta: {', '.join(rest)}"] += bool(rest)
     said[f"keys of no text were left out: {', '.join(left.keys() - rest.keys())}"] += len(left) > len(rest)
@@ -922,24 +912,27 @@ def _asked(left: dict, kind: str | None) -> tuple[Any, list, Any]:
         return asked, [], left.pop("response", None) if kind == "query" else None
     if kind == "reward_model":
         asked, reply = left.pop("prompt"), asked["ground_truth"]
-    chat = isinstance(asked, str) and (kind != "prompt" or asked.startswith("[{"))
-    turns = json.loads(asked) if chat else [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    said: list[tuple] = []
+    turns = asked
+    if isinstance(asked, str):
+        chat = kind != "prompt" or asked.startswith("[{")
+        turns = json.loads(asked) if chat else [{"role": "user", "content": asked}]
+    roles, said = [], []
     for turn in turns:
         role = str(turn.get("role", turn.get("from")))
-        said.append((ROLES.get(role, role), turn.get("content", turn.get("value"))))
-    said = [turn for turn in said if turn[0] != "system"]  # we set our own
-    if [role for role, _ in said] not in (["user"], ["user", "assistant"]):
+        if role != "system":  # we set our own
+            roles.append(ROLES.get(role, role))
+            said.append(turn.get("content", turn.get("value")))
+    if roles not in (["user"], ["user", "assistant"]):
         raise ValueError(f"its conversation has {len(said)} turns; only one question and its answer can be used")
-    text, images = _parts(said[0][1])
+    text, images = _parts(said[0])
     if len(said) == 2 and not (kind == "messages" and left.keys() & {*GOLDS}):
-        reply = said[1][1]
+        reply = said[1]
         if isinstance(reply, list) and isinstance(reply[0], dict):
             reply = _parts(reply)[0]
     return text, images, reply
 
 
-def _parts(content: list[dict] | str) -> tuple[str, list]:
+def _parts(content) -> tuple[str, list]:
     """A message's content -> its text with `<image>` marks, and the pictures that its parts hold, if any."""
     text, images = "", []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
@@ -987,16 +980,17 @@ def _pictures(left: dict):
 def without_instruction(question: str) -> tuple[str, str]:
     """A question without what another trainer wrote before and after it, and that: our prompts say their own. Sentences
     that tell of rounding or units stay, for the gold depends on them."""
-    preface = PREFACE.match(question)
-    told = preface and re.search(r"(?i)e\.g\.|<think>|\banswer the question\b|last line", preface[2])
-    before = preface[0] if preface and told and not NEEDED.search(preface[2]) else ""
+    before = marks = ""
+    told = r"(?i)e\.g\.|<think>|\banswer the question\b|last line"
+    if (preface := PREFACE.match(question)) and re.search(told, preface[2]) and not NEEDED.search(preface[2]):
+        before, marks = preface[0], preface[1]
     kept = question[len(before):].rstrip()
     starts = [0, *(match.end() for match in re.finditer(BEGINS, kept))]
     while starts[-1] and INSTRUCTION.search(last := kept[starts[-1]:].strip()) and not NEEDED.search(last) \
             and not re.search("[?？=]", last):
         kept = kept[:starts.pop()].rstrip()
     after = question[len(before) + len(kept):]
-    return (preface[1] if preface and before else "") + kept, (before + after).strip()
+    return marks + kept, (before + after).strip()
 
 
 def lift_options(question: str, gold, offered, own: bool) -> tuple[str, Any]:
@@ -1076,8 +1070,7 @@ def save_records(path: str, records: Iterable[Record]) -> None:
 
     `answer` is the first accepted answer and `answers` all, where there are several; `meta` is JSON; `images` is a
     column of pictures to `datasets`, and so to TRL and EasyR1, for which OTHERS_COLUMNS repeat the problem.
-    PIL images are written as PNG, as open_image shows them. Takes records as they come: memory for BATCH of them.
-    """
+    PIL images are written as PNG, as open_image shows them. Takes records as they come: memory for BATCH of them."""
     text, integer, real = (datasets.Value(name) for name in ("string", "int64", "float64"))
     schema = datasets.Features({
         "id": text, "question": text, "answer": text, "answers": [text], "images": [datasets.Image()],
@@ -1296,7 +1289,7 @@ for domain, subjects in {
     DOMAINS |= dict.fromkeys(subjects.split(), domain)
 
 
-def read_once(tables: Iterable[Table], convert: Convert, source: str) -> Iterator[Record | Dropped]:
+def read_once(tables: Iterable[Table], convert: Convert, source: str) -> Iterator[Made]:
     """MathV360K: questions about one picture that stand there with different labels are dropped, others kept once."""
     labels: dict[int, str | None] = {}  # of each question; None: several. Hashes: 360,000 texts would be 200 MB
 
@@ -1342,9 +1335,9 @@ class Published:
     parts: tuple[tuple[str, str, dict], ...] = ()  # of a benchmark, its sub-scores: kind, key in `meta`, other names
     mean_over: str = ""  # the kind of part whose mean is its score, where that is not the mean over rows
     by_hand: str = ""  # of a set that is no hub data set: what to do where it is not found
-    reader: Callable[..., Iterator[Record | Dropped]] = read_tables
+    reader: Callable[..., Iterator[Made]] = read_tables
 
-    def read(self, name: str, path_or_id: str | None = None) -> Iterator[Record | Dropped]:
+    def read(self, name: str, path_or_id: str | None = None) -> Iterator[Made]:
         """Its rows, of a local copy or hub id (perhaps with @split); None: of where it is published."""
         place = path_or_id or self.hub_id
         if self.by_hand and not Path(place).exists():
@@ -1403,13 +1396,23 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
+def run_program(program: Callable[[], None], stopped: str = "stopped; the same command goes on where it was",
+                faults: tuple = (ValueError,)) -> None:
+    """A program from the command line: what a user can mend is one line, not a stack."""
+    try:
+        program()
+    except faults as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+
+
 def same_picture(a: Image.Image, b: Image.Image) -> bool:
     """Are these one picture but for its encoding and size? Both are brought to the smaller size and blurred a little.
 
     The largest difference of grey is then, measured on drawings and screenshots: at most 11 of 255 after JPEG of
     quality 75, halving, and both; 19 and more (mostly above 40) where one digit differs. Where that copy is halved
-    too, a fifth of the pairs pass for one picture (type of 10 to 16 pixels): a problem dropped in vain, no leak.
-    """
+    too, a fifth of the pairs pass for one picture (type of 10 to 16 pixels): a problem dropped in vain, no leak."""
     size, blur = min(a.size, b.size, key=math.prod), ImageFilter.BoxBlur(1.5)
     small = [image.convert("L").resize(size, Image.Resampling.BICUBIC).filter(blur) for image in (a, b)]
     return bool(np.abs(np.diff(np.array(small, np.int16), axis=0)).max() <= 12)
@@ -1446,7 +1449,7 @@ class Held:
 
 def read_held(benchmarks: str) -> Held:
     """`mathvista,mathverse=local/path,...` -> what these hold."""
-    def look(made: Record | Dropped) -> list[tuple]:
+    def look(made: Made) -> list[tuple]:
         if isinstance(made, Dropped) and made.reason == "picture unreadable":
             print(f"--exclude cannot look for the picture of {made.id}: {made.detail}", file=sys.stderr)
         seen = []
@@ -1470,19 +1473,16 @@ def read_held(benchmarks: str) -> Held:
             raise ValueError(f"--exclude {benchmark}: no row there is one of {name}, and nothing would be excluded; "
                              "give the benchmark as it is published")
         ids |= own
-        with ThreadPoolExecutor() as pool:
-            looked = tqdm(pool.map(look, rows), "its pictures", len(rows), unit=" records", disable=QUIET)
-            found += itertools.chain.from_iterable(looked)
+        found += itertools.chain.from_iterable(in_threads(look, rows, "its pictures", " records"))
     shapes, thumbnails, pictures = zip(*found) if found else ((), np.empty((0, 256), np.int16), ())
     return Held(frozenset(ids), np.array(shapes), np.array(thumbnails), list(pictures))
 
 
-def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = None, **about) -> dict:
+def save_usable(made: Iterable[Made], out: str, held: Held | None = None, **about) -> dict:
     """Save the records whose golds and pictures can be used and that no benchmark holds -> the report.
 
-    Beside `out`, x.parquet: x.report.json, `about` and the counts; x.dropped.jsonl, a line for each other record.
-    """
-    def examine(item: Record | Dropped) -> Record | Dropped:
+    Beside `out`, x.parquet: x.report.json, `about` and the counts; x.dropped.jsonl, a line for each other record."""
+    def examine(item: Made) -> Made:
         if isinstance(item, Dropped):
             return item
         try:
@@ -1520,31 +1520,28 @@ def save_usable(made: Iterable[Record | Dropped], out: str, held: Held | None = 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Read a source into one file of records that can be verified.")
-    parser.add_argument("source", choices=[*SOURCES, "any"], help="any: every file format that load_records reads")
-    parser.add_argument("--input", required=True, help="hub id (perhaps with @split), file, or folder")
-    parser.add_argument("--out", required=True, help="Parquet file to write")
-    parser.add_argument("--exclude", default="", help="benchmarks whose problems to drop, by id and by picture: "
-                        f"{','.join(BENCHMARKS)}; name=PATH reads a local copy, name=ID@SPLIT another split")
-    parser.add_argument("--images", help="with any: folder in which the pictures lie, if not beside the file")
+    option = parser.add_argument
+    option("source", choices=[*SOURCES, "any"], help="any: every file format that load_records reads")
+    option("--input", required=True, help="hub id (perhaps with @split), file, or folder")
+    option("--out", required=True, help="Parquet file to write")
+    option("--exclude", default="", help="benchmarks whose problems to drop, by id and by picture: "
+           f"{','.join(BENCHMARKS)}; name=PATH reads a local copy, name=ID@SPLIT another split")
+    option("--images", help="with any: folder in which the pictures lie, if not beside the file")
     args = parser.parse_args()
     if args.images and args.source != "any":
         raise ValueError(f"--images goes with any; {args.source} finds its own")
     if not args.out.endswith(".parquet"):
         raise ValueError(f"--out {args.out}: give a file that ends in .parquet")
-    held = read_held(args.exclude) if args.exclude else None
-    looked_for = {"looked_for": {"ids": len(held.ids), "pictures": len(held.pictures)}} if held else {}
+    about, held = {"source": args.source, "input": args.input, "exclude": args.exclude}, None
+    if args.exclude:
+        held = read_held(args.exclude)
+        about["looked_for"] = {"ids": len(held.ids), "pictures": len(held.pictures)}
     published = DATASETS.get(args.source)
     made = published.read(args.source, args.input) if published else read_any(args.input, args.images)
     name = Path(args.input).stem  # of rows that do not say where they are from: a ladder's card counts by source
     made = (one if isinstance(one, Dropped) or one.source else dataclasses.replace(one, source=name) for one in made)
-    about = {"source": args.source, "input": args.input, "exclude": args.exclude} | looked_for
     print(json.dumps(save_usable(made, args.out, held, **about), indent=1))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
+    run_program(main, "stopped; nothing was written", (ValueError, OSError))

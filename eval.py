@@ -38,7 +38,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -49,8 +48,9 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Picture, Processor, Record, file_rows, json_list,
-                  number, open_image, parsed, raise_or_skip, read_any, read_cells, stored, verifiable)
+from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Made, Picture, Processor, Record, Rows, batches,
+                  file_rows, in_threads, number, open_image, parsed, raise_or_skip, read_any, read_cells, run_program,
+                  stored, verifiable)
 from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
 from rollout import (Group, encode_ahead, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups,
@@ -64,7 +64,7 @@ TOY = ASSETS / "toy/test.parquet"
 class Result:
     """One problem and its responses; none for a problem that cannot be used, which counts as wrong."""
 
-    record: Record | Dropped
+    record: Made
     responses: list[Response]
 
     @property
@@ -106,10 +106,8 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
     """Answer each problem `samples` times (temperature 0: greedy), scored by the judge of training, as results come.
 
     At most max_rows responses, but those to one problem, and the pictures of twice as many problems as these answer,
-    are in memory at a time.
-    """
-    size = max(1, max_rows // samples)
-    chunks = [records[start:start + size] for start in range(0, len(records), size)]
+    are in memory at a time."""
+    chunks = list(batches(records, max(1, max_rows // samples)))
     for chunk, prompts in zip(chunks, encode_ahead(processor, chunks, style)):
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
                                max_tokens=max_tokens, seed=seed, max_rows=max_rows)
@@ -124,29 +122,25 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
     What any earlier run answered, with whatever --rows and processes, is on disk and is not done again. load: gives
     model and processor, and is called only if there is anything to do. attempt: does the work, or gives None, on all
     ranks, when it is to stop; there are no results then. sampling: see answer_to_disk and evaluate. All processes must
-    see the same folder.
-    """
+    see the same folder."""
     rank, world = rank_and_world()
-    todo = on_rank_0(lambda: {r.id for r in unanswered(folder, name, records)})
+    todo = on_rank_0(lambda: {r.id for r in records} - _answers(folder, name).keys())  # the unit on disk is the record
     mine = [r for r in records if r.id in todo][rank::world]
     if todo and attempt(lambda: answer_to_disk(folder, name, mine, *load(), **sampling)) is None:
         return []
     gather_shares([True])  # all have written theirs
-    return read_answers(folder, name, records)
-
-
-def unanswered(folder: Path, name: str, records: list[Record]) -> list[Record]:
-    """The records that are still to be answered: the unit on disk is the record."""
     done = _answers(folder, name)
-    return [record for record in records if record.id not in done]
+    if missing := [r.id for r in records if r.id not in done]:
+        raise ValueError(f"{folder}: {len(missing)} answers are not there; do all processes write to the same folder?")
+    return [Result(r, [Response(**response) for response in done[r.id]]) for r in records]
 
 
 def answer_to_disk(folder: Path, name: str, records: list[Record], model, processor: Processor, *,
                    keep_texts: bool = True, **sampling) -> bool:
     """Answer this rank's records -> folder/name-RANK.jsonl, a line each, forced to disk as it comes -> True.
 
-    keep_texts: else only what was extracted from the responses. sampling: see evaluate.
-    """
+    keep_texts: else only what was extracted from the responses (a longer answer is wrong whatever the gold, and stays
+    so when cut to one character too many). sampling: see evaluate."""
     rank, world = rank_and_world()
     label = name if world == 1 else f"{name}, the first of {world} equal shares"
     with open(folder / f"{name}-{rank}.jsonl", "ab", buffering=0) as file:
@@ -160,16 +154,9 @@ def answer_to_disk(folder: Path, name: str, records: list[Record], model, proces
     return True
 
 
-def read_answers(folder: Path, name: str, records: list[Record]) -> list[Result]:
-    """The results that answer_to_disk wrote, on whatever rank, in the order of the records."""
-    done = _answers(folder, name)
-    if missing := [r.id for r in records if r.id not in done]:
-        raise ValueError(f"{folder}: {len(missing)} answers are not there; do all processes write to the same folder?")
-    return [Result(r, [Response(**response) for response in done[r.id]]) for r in records]
-
-
 def _answers(folder: Path, name: str) -> dict[str, list[dict]]:
-    """Responses by record id. A line that cannot be read was cut when its run was killed: its record is not done."""
+    """Responses by record id, as answer_to_disk wrote them, on whatever rank. A line that cannot be read was cut when
+    its run was killed: its record is not done."""
     done = {}
     for file in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*.jsonl")):
         for line in file.read_bytes().splitlines():
@@ -190,8 +177,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 def summarize(results: list[Result]) -> dict:
     """Scores in [0, 1] and mean length in tokens, means over problems of means over samples (avg@k).
 
-    `levels` holds the same for each difficulty level that the problems were measured at; `by_problem` each accuracy.
-    """
+    `levels` holds the same for each difficulty level that the problems were measured at; `by_problem` each accuracy."""
     def over(part: list[Result], field: str) -> float | None:
         return mean(mean(getattr(r, field) for r in result.responses) for result in part)
 
@@ -212,8 +198,7 @@ def summarize(results: list[Result]) -> dict:
 
 def interval(groups: list[list[Result]], values: dict[str, float] | None = None) -> list[float] | None:
     """95% bootstrap interval of the mean over groups of each group's mean: problems are drawn anew, with all their
-    versions and samples. None for a single problem. values: by record id, what the mean is of (None: accuracy).
-    """
+    versions and samples. None for a single problem. values: by record id, what the mean is of (None: accuracy)."""
     index = {problem: i for i, problem in enumerate(sorted({r.problem for group in groups for r in group}))}
     sums, counts = np.zeros((2, len(index), len(groups)))
     for column, group in enumerate(groups):
@@ -242,18 +227,16 @@ def vote(answer: str, record: Record) -> str:
     if record.answer_type in ("number", "list") or not any("=" in gold for gold in record.golds):
         answer = sides(answer)[-1]
     listed = parse_items(answer) if record.answer_type == "list" else None
-    items = listed[1] if listed else (answer,)
-    return ", ".join(vote_of_item(item, nouns=record.answer_type == "number") for item in items)
-
-
-def vote_of_item(item: str, nouns: bool) -> str:
-    found = quantity(item, nouns)
-    if found is None:
-        return normal_text(item)
-    value, size, unit = found
-    number = value * size
-    digits = f"{float(number):.6g}" if abs(number) < 1 else f"{number.limit_denominator(10**5)}"
-    return digits + ("" if unit in ((), THINGS) else str(unit))
+    votes = []
+    for item in listed[1] if listed else (answer,):
+        if found := quantity(item, nouns=record.answer_type == "number"):
+            value, size, unit = found
+            number = value * size
+            digits = f"{float(number):.6g}" if abs(number) < 1 else f"{number.limit_denominator(10**5)}"
+            votes.append(digits + ("" if unit in ((), THINGS) else str(unit)))
+        else:
+            votes.append(normal_text(item))
+    return ", ".join(votes)
 
 
 def majority_right(result: Result) -> float:
@@ -262,13 +245,10 @@ def majority_right(result: Result) -> float:
     record = result.record
     if isinstance(record, Dropped):
         return 0.0
-    votes = []  # (what was said, is it right?)
-    for r in result.responses:
-        if r.answer is not None:
-            said = "right" if r.accuracy and len(record.golds) == 1 else f"= {vote(r.answer, record)}"
-            votes.append((said, r.accuracy))
-    counts = Counter(said for said, _ in votes)
-    return mean(right for said, right in votes if counts[said] == max(counts.values())) or 0.0
+    heard = [(r.answer, r.accuracy) for r in result.responses if r.answer is not None]
+    votes = ["right" if right and len(record.golds) == 1 else f"= {vote(answer, record)}" for answer, right in heard]
+    counts = Counter(votes)
+    return mean(right for said, (_, right) in zip(votes, heard) if counts[said] == max(counts.values())) or 0.0
 
 
 def pass_at(result: Result, k: int) -> float:
@@ -292,7 +272,8 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
         "pass": {k: mean(pass_at(r, k) for r in results) for k in ks},
         "unusable": sum(isinstance(r.record, Dropped) for r in results), "why_unusable": unusable,
         "drawn_with": {r.record.id: r.problem for r in results if r.problem != r.record.id},
-        "published": published and published.size, "sections": section_lengths(results)}
+        "published": published and published.size}
+    found["sections"] = section_lengths(results, found["length"])
     found |= part_scores(benchmark, results, published.mean_over if published else "")
     return found | ({"four_way": four_way(results)} if benchmark == "wemath" else {})
 
@@ -303,21 +284,20 @@ def part_scores(benchmark: str, results: list[Result], mean_over: str) -> dict:
     for result in results:
         for kind, name in parts_of(benchmark, result.record):
             parts.setdefault(kind, {}).setdefault(name, []).append(result)
-    found: dict[str, dict] = {}
+    found: dict[str, dict] = {"parts": {}}
     for kind, named in parts.items():
-        found[kind] = {name: {"problems": len(rows), "accuracy": mean(r.accuracy for r in rows),
-                              "interval": interval([rows])} for name, rows in sorted(named.items())}
-    if mean_over not in parts:
-        return {"parts": found}
-    over = {"kind": mean_over, "parts": len(parts[mean_over]), "interval": interval(list(parts[mean_over].values())),
-            "accuracy": mean(part["accuracy"] for part in found[mean_over].values())}
-    return {"parts": found, "mean_over_parts": over}
+        found["parts"][kind] = {name: {"problems": len(rows), "accuracy": mean(r.accuracy for r in rows),
+                                       "interval": interval([rows])} for name, rows in sorted(named.items())}
+    if over := parts.get(mean_over):
+        found["mean_over_parts"] = {
+            "kind": mean_over, "parts": len(over), "interval": interval(list(over.values())),
+            "accuracy": mean(part["accuracy"] for part in found["parts"][mean_over].values())}
+    return found
 
 
-def section_lengths(results: list[Result]) -> dict[str, dict[str, float]]:
-    """Mean tokens inside <observe>, <think> and <answer>, and their share of the response; {} where not counted."""
+def section_lengths(results: list[Result], whole: float | None) -> dict[str, dict[str, float]]:
+    """Mean tokens inside <observe>, <think> and <answer>, and their share of the whole; {} where not counted."""
     found = {}
-    whole = mean(mean(r.tokens for r in result.responses) for result in results)
     for tag in TAGS["observe"]:
         length = mean(mean(r.sections.get(tag, 0) for r in result.responses if r.sections is not None)
                       for result in results)
@@ -326,7 +306,7 @@ def section_lengths(results: list[Result]) -> dict[str, dict[str, float]]:
     return found
 
 
-def parts_of(benchmark: str, row: Record | Dropped) -> list[tuple[str, str]]:
+def parts_of(benchmark: str, row: Made) -> list[tuple[str, str]]:
     """Which parts of its benchmark a row counts in: (what kind of part, its name)."""
     if benchmark not in BENCHMARKS:
         level, source = getattr(row, "difficulty", None), getattr(row, "source", "")
@@ -345,26 +325,27 @@ def four_way(results: list[Result]) -> dict:
 
     IG = all and not M; IK = not all and not M; strict CM = all and M, RM = not all and M; loose CM = any and M, RM =
     not any and M; score = CM + IG / 2 = (N - IG / 2 - RM - IK) / N, with N = 525 IDs. RM_rate, RM / (RM + CM), is what
-    the authors print as RM. Means over the samples. IDs whose rows are not all there (--limit) are left out.
-    """
+    the authors print as RM. Means over the samples. IDs whose rows are not all there (--limit) are left out."""
     whole = whole_ids(results)
     if not whole:
         return {}
     samples = max(len(r.responses) for rows in whole for r in rows)
 
-    def right(result: Result) -> list[bool]:
-        return [r.accuracy > 0 for r in result.responses] or [False] * samples
-
-    m = np.array([right(rows[-1]) for rows in whole])  # [IDs, samples]
-    every = np.array([np.all([right(step) for step in rows[:-1]], axis=0) for rows in whole])
-    some = np.array([np.any([right(step) for step in rows[:-1]], axis=0) for rows in whole])
+    right = []  # [IDs] of [rows, samples]
+    for rows in whole:
+        right.append(np.array([[r.accuracy > 0 for r in row.responses] or [False] * samples for row in rows]))
+    m = np.array([steps[-1] for steps in right])  # [IDs, samples]
+    every = np.array([steps[:-1].all(0) for steps in right])
+    some = np.array([steps[:-1].any(0) for steps in right])
+    last = [rows[-1] for rows in whole]
     found: dict = {"ids": len(whole)}
     for name, taken in (("strict", every), ("loose", some)):
         kinds = {"CM": m & taken, "IG": ~m & every, "IK": ~m & ~every, "RM": m & ~taken}
-        scores = dict(zip((rows[-1].record.id for rows in whole), (kinds["CM"] + kinds["IG"] / 2).mean(1)))
-        cm, ig, ik, rm = (float(kind.mean()) for kind in kinds.values())
-        found[name] = {"score": cm + ig / 2, "CM": cm, "IG": ig, "IK": ik, "RM": rm, "RM_rate": rm and rm / (rm + cm),
-                       "interval": interval([[rows[-1] for rows in whole]], scores)}
+        scores = dict(zip((row.record.id for row in last), (kinds["CM"] + kinds["IG"] / 2).mean(1)))
+        means = {kind: float(held.mean()) for kind, held in kinds.items()}
+        cm, rm = means["CM"], means["RM"]
+        found[name] = {"score": cm + means["IG"] / 2, **means, "RM_rate": rm and rm / (rm + cm),
+                       "interval": interval([last], scores)}
     return found
 
 
@@ -372,14 +353,14 @@ def whole_ids(results: list[Result]) -> list[list[Result]]:
     """Of each We-Math ID whose rows are all there: its single steps in order, and M last."""
     by_id: dict[str, dict[str, Result]] = {}
     for result in results:
-        if {"ID", "key"} <= result.record.meta.keys():
-            by_id.setdefault(result.record.meta["ID"], {})[result.record.meta["key"]] = result
+        meta = result.record.meta
+        if {"ID", "key"} <= meta.keys():
+            by_id.setdefault(meta["ID"], {})[meta["key"]] = result
     whole = []
     for rows in by_id.values():
-        ordered = [rows[key] for key in sorted(rows)]  # ("multi" sorts after the numbers of the steps)
-        last = ordered[-1].record.meta["key"]
-        if "multi" in last and len(ordered) == 1 + int(last[0]):
-            whole.append(ordered)
+        *steps, last = sorted(rows)  # ("multi" sorts after the numbers of the steps)
+        if "multi" in last and len(steps) == int(last[0]):
+            whole.append([rows[key] for key in (*steps, last)])
     return whole
 
 
@@ -387,21 +368,19 @@ def whole_ids(results: list[Result]) -> list[list[Result]]:
 
 def before_after(before: dict, after: dict) -> str:
     """The table that closes a run. before, after: {"greedy": summary, "sampled": summary}, see summarize."""
-    def change(old: float | None, new: float | None, scale: int, digits: int) -> str:
-        return "-" if old is None or new is None else f"{scale * old:.{digits}f} -> {scale * new:.{digits}f}"
-
-    columns = [("accuracy", "greedy"), ("accuracy", "sampled"), ("format", "sampled"), ("observation", "sampled"),
-               ("length", "sampled")]
-    names = ["accuracy, greedy %", "accuracy, T=1 %", "format %", "observation %", "length, tokens"]
+    columns = {"accuracy, greedy %": ("greedy", "accuracy"), "accuracy, T=1 %": ("sampled", "accuracy"),
+               "format %": ("sampled", "format"), "observation %": ("sampled", "observation"),
+               "length, tokens": ("sampled", "length")}
     rows = []
     for level in ["all", *before["greedy"]["levels"]]:
         cells = []
-        for key, kind in columns:
-            old, new = (ends[kind] if level == "all" else ends[kind]["levels"][level] for ends in (before, after))
-            cells.append(change(old[key], new[key], *((1, 0) if key == "length" else (100, 1))))
-        problems = (after["greedy"] if level == "all" else after["greedy"]["levels"][level])["problems"]
-        rows.append([level, str(problems), *cells])
-    return markdown(["difficulty", "problems", *names], rows)
+        for kind, key in columns.values():
+            ends = [end[kind] if level == "all" else end[kind]["levels"][level] for end in (before, after)]
+            scale, digits = (1, 0) if key == "length" else (100, 1)
+            told = [f"{scale * end[key]:.{digits}f}" for end in ends if end[key] is not None]
+            cells.append(" -> ".join(told) if len(told) == 2 else "-")
+        rows.append([level, str(ends[1]["problems"]), *cells])
+    return markdown(["difficulty", "problems", *columns], rows)
 
 
 def percent(value: float | None, interval: list[float] | None = None, sign: str = "") -> str:
@@ -445,20 +424,20 @@ def row_of(s: dict, many: bool) -> list[str]:
 def parts_table(benchmark: str, runs: list[dict]) -> str:
     """A benchmark's sub-scores, a column for each of its rows in the table above, and what is to be said of it."""
     first, lines, notes = runs[0], [], []
+
+    def add(name: str, problems, cells: list[dict], key: str = "accuracy") -> None:
+        lines.append([name, str(problems), *(percent(cell[key], cell.get("interval")) for cell in cells)])
+
     for kind, named in first["parts"].items():
         for name, part in named.items():
-            cells = [s["parts"][kind][name] for s in runs]
-            lines.append([f"{kind}: {name}", str(part["problems"]),
-                          *(percent(cell["accuracy"], cell["interval"]) for cell in cells)])
+            add(f"{kind}: {name}", part["problems"], [s["parts"][kind][name] for s in runs])
     if over := first.get("mean_over_parts"):
-        cells = [s["mean_over_parts"] for s in runs]
-        lines.append([f"mean over {over['parts']} {over['kind']} scores", str(first["problems"]),
-                      *(percent(cell["accuracy"], cell["interval"]) for cell in cells)])
+        add(f"mean over {over['parts']} {over['kind']} scores", first["problems"], [s["mean_over_parts"] for s in runs])
     if four := first.get("four_way"):
         for name, key in itertools.product(("strict", "loose"), ("score", "CM", "IG", "IK", "RM", "RM_rate")):
-            ways = [s["four_way"][name] for s in runs]
-            lines.append([f"{name} {key.replace('_', ' ')}", f"{four['ids']} IDs",
-                          *(percent(way[key], way["interval"] if key == "score" else None) for way in ways)])
+            ways = [s["four_way"][name] for s in runs]  # (the interval is that of the score)
+            add(f"{name} {key.replace('_', ' ')}", f"{four['ids']} IDs",
+                ways if key == "score" else [way | {"interval": None} for way in ways], key)
     if first["unusable"]:
         notes.append(f"{benchmark}: {first['unusable']} of {first['problems']} problems cannot be used (most often no "
                      "rule can read the gold); they count as wrong. scores.json names them.")
@@ -572,11 +551,10 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             window = max(1, len(y) // 20)
             smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
-        for kind, colour in (("greedy", "C1"), ("sampled", "C2")):
+        for kind, style, name in (("greedy", "o-C1", "greedy"), ("sampled", "o:C2", "temperature 1")):
             scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
             if scores:
-                axis.plot(*zip(*scores), "o-" if kind == "greedy" else "o:", color=colour, markersize=4,
-                          label="held out, greedy" if kind == "greedy" else "held out, temperature 1")
+                axis.plot(*zip(*scores), style, markersize=4, label=f"held out, {name}")
         for before, after in zip(steps, steps[1:]):
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
@@ -596,8 +574,7 @@ def begun(folder: Path, settings: dict, free: Iterable[str] = ()) -> bool:
     """Does the folder hold this very run, to be gone on with? The first of two steps that writes nothing; see claim.
 
     settings: all that the run's results depend on, and `free` ones that may differ. Raises ValueError, naming what
-    changed, when the folder holds another run, or files of another kind.
-    """
+    changed, when the folder holds another run, or files of another kind."""
     file = folder / "settings.json"
     if not file.exists():
         if folder.exists() and any(path.name != "lock" and path.name[0] != "." for path in folder.iterdir()):
@@ -702,20 +679,21 @@ def samplings(benchmark: str, args: argparse.Namespace) -> list[tuple[str, float
     return [(f"T={temperature:g}", temperature, samples)] if temperature else [greedy]
 
 
-def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Record | Dropped]]:
+def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Made]]:
     """`toy`, a benchmark, benchmark=PATH, or any file -> its name and its rows, in the published order."""
     name, _, path = spec.partition("=")
     if name in BENCHMARKS:
         made = DATASETS[name].read(name, path or None)
-    elif spec == "toy" or Path(spec).exists() or "@" in spec:
-        name, made = "toy" if spec == "toy" else label_of(spec), read_any(str(TOY) if spec == "toy" else spec)
+    elif spec == "toy":
+        made = read_any(str(TOY))
+    elif Path(spec).exists() or "@" in spec:
+        name, made = label_of(spec), read_any(spec)
     else:
         raise ValueError(f"--benchmark {spec}: no benchmark of that name (there are toy, {', '.join(BENCHMARKS)}; "
                          "name=PATH reads a local copy), no file or folder here, and no hub id with its split "
                          "(org/name@test)")
     first = itertools.islice(tqdm(made, desc=f"reading {name}", unit=" records"), limit)
-    with ThreadPoolExecutor() as pool:  # (several workers parse golds)
-        rows = list(tqdm(pool.map(verifiable, first), "checking golds", unit="problem", delay=3))
+    rows = in_threads(verifiable, list(first), "checking golds", delay=3)
     if not rows:
         raise ValueError(f"--benchmark {spec}: holds no records")
     return name, rows
@@ -728,7 +706,7 @@ def label_of(spec: str) -> str:
     return folder if stem == "measured" else f"{folder}-{stem}" if stem in ("toy", *BENCHMARKS) else stem
 
 
-def longest_first(rows: list[Record | Dropped], processor: Processor | None) -> list[int]:
+def longest_first(rows: list[Made], processor: Processor | None) -> list[int]:
     """Encode every record once, which finds broken pictures before hours are lost: what cannot be fed is dropped in
     `rows` -> places of the others, longest prompts first: neighbours are of one length, and too little memory shows."""
     def length(i: int) -> int:
@@ -739,20 +717,17 @@ def longest_first(rows: list[Record | Dropped], processor: Processor | None) -> 
             rows[i] = Dropped(row.id, "cannot be fed", str(error), row.images, row.meta)
             return 0
 
-    places = [i for i, row in enumerate(rows) if isinstance(row, Record)]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
-        lengths = dict(zip(places, tqdm(pool.map(length, places), total=len(places), desc="checking", unit="problem")))
-    return sorted((i for i in places if isinstance(rows[i], Record)), key=lambda i: -lengths[i])
+    lengths = in_threads(length, range(len(rows)), "checking")
+    return sorted((i for i, row in enumerate(rows) if isinstance(row, Record)), key=lambda i: -lengths[i])
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]], dict[str, list[int]], list[Job]]:
+def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, list[int]], list[Job]]:
     """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
     are answered, and the lines of the table. Settings go to settings.json, so that the same command goes on and
-    another one is refused.
-    """
+    another one is refused."""
     specs, prompts = check_args(args)
     processor = Processor(args.model, args.max_pixels) if args.model else None
-    rows: dict[str, list[Record | Dropped]] = {}
+    rows: dict[str, list[Made]] = {}
     for spec in specs:
         label, made = read_benchmark(spec, args.limit)
         if label in rows:
@@ -780,7 +755,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Record | Dropped]]
     return rows, order, jobs
 
 
-def settings_of(args: argparse.Namespace, rows: dict[str, list[Record | Dropped]]) -> dict:
+def settings_of(args: argparse.Namespace, rows: dict[str, list[Made]]) -> dict:
     """All that scores depend on."""
     settings = {"program": "eval.py", "model": model_digest(args.model) if args.model else None,
                 "trained": trained_by(args.model)}
@@ -806,12 +781,14 @@ def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def trained_by(model: str | None) -> dict | None:
     """The settings of the run of train.py that a model is a checkpoint of; None: of none."""
-    file = Path(model or "").resolve().parent / "settings.json"
-    settings = read_json(file) if model and Path(model).is_dir() and file.exists() else {}
-    return settings | {"checkpoint": Path(model).name} if model and settings.get("program") == "train.py" else None
+    if not model or not Path(model).is_dir():
+        return None
+    file = Path(model).resolve().parent / "settings.json"
+    settings = read_json(file) if file.exists() else {}
+    return settings | {"checkpoint": Path(model).name} if settings.get("program") == "train.py" else None
 
 
-def read_responses(path: str, benchmark: str, rows: list[Record | Dropped]) -> dict[str, list[dict]]:
+def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, list[dict]]:
     """Answers of another engine, see response_rows (several lines of one id are its samples) -> {id of a row: [{"text",
     "tokens", "truncated"}, ...]}.
 
@@ -852,7 +829,7 @@ ANSWER_IDS = ("index", "id", "pid", "sample_index", "question_id")
 ANSWER_TEXTS = ("response", "prediction", "model_answer", "text")
 
 
-def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def response_rows(file: Path) -> Rows:
     """Numbered answers of JSON lines, of a JSON list, of a JSON object by id (of texts, lists of texts, or rows), or of
     a table such as VLMEvalKit's."""
     if not file.is_file():
@@ -864,8 +841,6 @@ def response_rows(file: Path) -> Iterator[tuple[int, Any]]:
                 found = json.loads(file.read_bytes())
         if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
             yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
-        elif found is not None:
-            yield from enumerate(json_list(found, file.stem), 1)
         elif file.suffix in (".csv", ".tsv"):
             rows = read_cells(file, ("index", "prediction"))
             yield from ((line, {"prediction": ""} | row if isinstance(row, dict) else row) for line, row in rows)
@@ -892,7 +867,7 @@ def read_response(line: dict) -> list[dict]:
     return [{"text": text, "tokens": tokens if len(texts) == 1 else None, "truncated": cut} for text in texts]
 
 
-def given(job: Job, rows: list[Record | Dropped], path: str, processor: Processor | None) -> list[Result]:
+def given(job: Job, rows: list[Made], path: str, processor: Processor | None) -> list[Result]:
     """What another engine wrote, scored. A problem without responses has unreadable ones, as many as the others."""
     found = read_responses(path, job.benchmark, rows)
     if missing := [row.id for row in rows if row.id not in found]:
@@ -900,19 +875,18 @@ def given(job: Job, rows: list[Record | Dropped], path: str, processor: Processo
                    f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}", file=sys.stderr)
     nothing = [{"text": "", "tokens": None, "truncated": None}] * len(next(iter(found.values())))
 
-    def scored(row: Record | Dropped) -> Result:
+    def scored(row: Made) -> Result:
         if isinstance(row, Dropped):
             return Result(row, [])
         responses = []
         for said in found.get(row.id, nothing):
             if said["tokens"] is None and processor is not None:
                 said = said | {"tokens": count_tokens(said["text"], processor)}
-            response = score(said["text"], row, job.prompt, said["tokens"], said["truncated"])
-            responses.append(replace(response, sections=count_sections(response.text, processor)))
+            responses.append(replace(score(said["text"], row, job.prompt), tokens=said["tokens"],
+                                     truncated=said["truncated"], sections=count_sections(said["text"], processor)))
         return Result(row, responses)
 
-    with ThreadPoolExecutor() as pool:  # (several workers check formulas)
-        return list(tqdm(pool.map(scored, rows), total=len(rows), desc="scoring", unit="problem"))
+    return in_threads(scored, rows, "scoring")
 
 
 def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
@@ -951,25 +925,23 @@ def write_vlmevalkit(path: Path, benchmark: str, usable: list[tuple[Record, list
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a checkpoint, or answers of another engine, on benchmarks.")
-    positive = number(int, 1)
-    parser.add_argument("--model", help="Hugging Face folder or hub id; with --responses: what counts their tokens")
-    parser.add_argument("--benchmark", default="toy", help=f"comma-separated: toy, {', '.join(BENCHMARKS)}; name=PATH "
-                        "or name=ID@SPLIT reads a local copy or another split; or any file that data.py reads")
-    parser.add_argument("--responses", help="answers of another engine: JSON lines, or a list, of {id, response}, "
-                        "response a text or a list; a JSON object by id; or a .tsv of VLMEvalKit's")
-    parser.add_argument("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: greedy (default; toy: greedy, and 1 with 4 "
-                        "samples)")
-    parser.add_argument("--samples", type=positive, help="k of avg@k, maj@k, pass@k; at temperature 1 if not told")
-    parser.add_argument("--max-tokens", type=positive, help="longest response (default: 1024; toy: 160)")
-    parser.add_argument("--max-pixels", type=positive, help="area above which pictures are shrunk (default: model's)")
-    parser.add_argument("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
-    parser.add_argument("--limit", type=positive, help="first so many problems of each benchmark only")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without problems that cannot be used; they "
-                        "count as wrong")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of sampling")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: out/eval/MODEL-BENCHMARKS-PROMPTS); "
-                        "one that is unfinished goes on")
+    option, positive = parser.add_argument, number(int, 1)
+    option("--model", help="Hugging Face folder or hub id; with --responses: what counts their tokens")
+    option("--benchmark", default="toy", help=f"comma-separated: toy, {', '.join(BENCHMARKS)}; name=PATH "
+           "or name=ID@SPLIT reads a local copy or another split; or any file that data.py reads")
+    option("--responses", help="answers of another engine: JSON lines, or a list, of {id, response}, "
+           "response a text or a list; a JSON object by id; or a .tsv of VLMEvalKit's")
+    option("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
+    option("--temperature", type=number(float, 0), help="0: greedy (default; toy: greedy, and 1 with 4 samples)")
+    option("--samples", type=positive, help="k of avg@k, maj@k, pass@k; at temperature 1 if not told")
+    option("--max-tokens", type=positive, help="longest response (default: 1024; toy: 160)")
+    option("--max-pixels", type=positive, help="area above which pictures are shrunk (default: model's)")
+    option("--rows", type=positive, default=256, help="responses sampled at a time; less saves memory")
+    option("--limit", type=positive, help="first so many problems of each benchmark only")
+    option("--skip-bad", action="store_true", help="go on without problems that cannot be used; they count as wrong")
+    option("--seed", type=number(int, 0), default=0, help="of sampling")
+    option("--out", type=Path, help="folder of the results (default: out/eval/MODEL-BENCHMARKS-PROMPTS); "
+           "one that is unfinished goes on")
     args = parser.parse_args()
     if args.out is None:
         model = "-".join(Path(args.responses or args.model or "").absolute().parts[-2:])
@@ -1004,9 +976,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+    run_program(main)

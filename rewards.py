@@ -54,6 +54,8 @@ from pebble import ProcessExpired, ProcessPool
 if sys.version_info < (3, 11):  # (hashlib.file_digest, of eval.py)
     raise SystemExit(f"error: this code needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+Texts = tuple[str, ...]
+
 
 class Problem(Protocol):
     """What is asked of a data.Record here: this file is the ground, and imports none of the others."""
@@ -61,9 +63,9 @@ class Problem(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def golds(self) -> tuple[str, ...]: ...  # all accepted answers
+    def golds(self) -> Texts: ...  # all accepted answers
     @property
-    def choices(self) -> tuple[str, ...]: ...  # texts of the options, in the order A, B, C, ...
+    def choices(self) -> Texts: ...  # texts of the options, in the order A, B, C, ...
     @property
     def answer_type(self) -> str: ...  # choice | number | list | text | math
     @property
@@ -77,8 +79,7 @@ class Problem(Protocol):
 def shortest_correct_bonus(correct: torch.Tensor, lengths: torch.Tensor, coef: float = 0.2,
                            min_length: int = 100) -> torch.Tensor:
     """[P, G] bool, [P, G] int -> [P, G]: `coef` to the shortest correct response (the first, of equals) of each group,
-    if it is longer than min_length tokens; else to none.
-    """
+    if it is longer than min_length tokens; else to none."""
     lengths = lengths.double().masked_fill(~correct, torch.inf)  # [P, G]
     first = lengths.argmin(dim=1, keepdim=True)  # [P, 1]
     shortest = lengths.gather(1, first)  # [P, 1]
@@ -89,19 +90,14 @@ def shortest_correct_bonus(correct: torch.Tensor, lengths: torch.Tensor, coef: f
 def group_advantages(rewards: torch.Tensor, normalize_std: bool = True) -> torch.Tensor:
     """[P, G] -> [P, G]: A_i = (r_i - mean(r)) / (std(r) + 1e-6), std unbiased; exactly 0 where all r_i are equal.
 
-    Raises ValueError for groups of one.
-    """
+    Raises ValueError for groups of one."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)}: advantages need groups of two responses or more")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if normalize_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-6)
-    return advantages.masked_fill(_all_equal(rewards)[:, None], 0.0)
-
-
-def _all_equal(rewards: torch.Tensor) -> torch.Tensor:
-    """[P, G] -> [P] bool. Tested on the rewards themselves: their mean and std are noisy even where all are equal."""
-    return (rewards == rewards[:, :1]).all(dim=1)
+    # Tested on the rewards themselves: their mean and std are noisy even where all are equal.
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(dim=1, keepdim=True), 0.0)
 
 
 def difficulty_weight(pass_rate: torch.Tensor, sigma: float = 1.8) -> torch.Tensor:
@@ -129,8 +125,7 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
     """What P groups of G judged responses are worth; lengths [P, G] in tokens. sigma None: every group weighs 1.
 
     rejection_sampling: GRPO's control in its place, supervised learning on the policy's own right answers: these have
-    advantage 1, all others 0, with neither weight nor baseline.
-    """
+    advantage 1, all others 0, with neither weight nor baseline."""
     assert lengths.shape == (len(responses), len(responses[0])), "a length for each response"
     accuracy = torch.tensor([[r.accuracy for r in group] for group in responses])
     formatted = torch.tensor([[r.format for r in group] for group in responses])
@@ -141,15 +136,15 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
     pass_rate = accuracy.mean(dim=1)  # d = (1/G) sum_i accuracy_i
     weight = torch.ones_like(pass_rate) if sigma is None else difficulty_weight(pass_rate, sigma)  # w(d)
     advantages = weight[:, None] * group_advantages(total, normalize_std)  # adv_i = w(d) A_i; (the std would undo it)
-    signal = (weight > 0) & ~_all_equal(total)
     if rejection_sampling:
-        weight, advantages, signal = torch.ones_like(pass_rate), accuracy, pass_rate > 0
+        weight, advantages = torch.ones_like(pass_rate), accuracy
+    signal = advantages.any(dim=1)
     return Rewards(accuracy, formatted, bonus, total, weight, advantages, signal, torch.tensor(observed))
 
 
 # --- format -----------------------------------------------------------------------------------------------------------
 
-TAGS: dict[str, tuple[str, ...]] = {
+TAGS: dict[str, Texts] = {
     "none": ("answer",), "think": ("think", "answer"), "observe": ("observe", "think", "answer")}
 TAG = re.compile(r"(<\s*(?:/\s*)?(?:observe|think|answer)\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count as tags too
 
@@ -175,8 +170,7 @@ def observation_accuracy(text: str, record: Problem, style: str) -> float | None
     """Share of the picture's true facts that <observe> states, phrases it invents counted against it.
 
     True facts: record.meta["facts"], such as ["red 3", "blue 5"], without the marks that part phrases: , ; | and a
-    full stop (2.5 may stand in one). None where none are known or none were asked for.
-    """
+    full stop (2.5 may stand in one). None where none are known or none were asked for."""
     facts = record.meta.get("facts")
     if not facts or style != "observe":
         return None
@@ -188,7 +182,7 @@ def observation_accuracy(text: str, record: Problem, style: str) -> float | None
 
 # --- the judge: what the answer is, and whether it is right -----------------------------------------------------------
 
-def extract_answer(text: str, choices: tuple[str, ...] = ()) -> str | None:
+def extract_answer(text: str, choices: Texts = ()) -> str | None:
     """The answer that counts: the last <answer>, read within if it is prose; without tags the last of `\\boxed{}`, "the
     answer is X", a response or last line that is nothing but an answer, "So ... is 12."; else None."""
     answers = final_answers(text, choices)
@@ -198,8 +192,7 @@ def extract_answer(text: str, choices: tuple[str, ...] = ()) -> str | None:
 def answer_matches(answer: str, record: Problem) -> bool:
     """Is what extract_answer found right? The one judge, by the rule of the record's answer type.
 
-    Every rule reads an answer whole or not at all, so hedges are wrong: "A or B", all options listed, "not A".
-    """
+    Every rule reads an answer whole or not at all, so hedges are wrong: "A or B", all options listed, "not A"."""
     return _all_right(stated(answer) or [answer], record)  # "The answer is B" is B
 
 
@@ -232,22 +225,18 @@ class Response:
     sections: dict[str, int] | None = None  # tokens inside <observe>, <think>, <answer>; None: not counted
 
 
-def score(text: str, record: Problem, style: str, tokens: int | None = None,
-          truncated: bool | None = None) -> Response:
+def score(text: str, record: Problem, style: str) -> Response:
     """Score one response to a record in a prompt style, for training and evaluation alike."""
     answers = final_answers(text, record.choices)
     return Response(answers[-1] if answers else None, float(_all_right(answers, record)), format_reward(text, style),
-                    observation_accuracy(text, record, style), text, tokens, truncated)
+                    observation_accuracy(text, record, style), text)
 
 
 def score_groups(texts: list[list[str]], records: Sequence[Problem], style: str) -> list[list[Response]]:
     """Judge G texts to each of P records, some groups at a time: several workers then check formulas."""
-    def score_group(group: list[str], record: Problem) -> list[Response]:
-        return [score(text, record, style) for text in group]
-
     assert len(texts) == len(records), f"{len(texts)} groups of responses to {len(records)} records"
     with ThreadPoolExecutor(VERIFIER.workers) as pool:
-        return list(pool.map(score_group, texts, records))
+        return list(pool.map(lambda group, record: [score(text, record, style) for text in group], texts, records))
 
 
 # === the fold: below, how each type of answer is compared, how golds and answers are spelled, and who asks sympy ======
@@ -291,20 +280,18 @@ NEGATED = re.compile(r"""(?xi)\b(?:not?|but|think|maybe|other|impossible|elimina
 SENTENCE_END = re.compile(r"""(?x)(?<=[\w)}\]$°%*]{2}[.!?])(?=\s+[A-Z][a-z]|\s+I\b|\s*$|\s*[^\W\d_a-zA-Z])|です|입니다
     |(?<=[A-J][.!])(?=\ (?:I|A|The|It|This|Let)\ )|,?\ ?(?=(?:because|since|as|due\ to|which)\ |因为)""")
 FAREWELL = re.compile(r"(?i)\s*(?:i hope|let me know|is there|do you|feel free|thank|if you|please let)")
-MARKS = [(re.compile(pattern), form) for pattern, form in (  # of thoughts, answers and ends, as other models write them
+MARKS = (  # of thoughts, answers and ends, as other models write them
     (r"<\|begin_of_box\|>", r"\\boxed{"), (r"<\|end_of_box\|>", "}"), (r"```(?:json)?", " "),
     (r"(?i)[<◁](/?)(?:think|thinking)[>▷]", r"<\1think>"),
     (r"(?i)<(/?)(?:answer|final_answer|conclusion) ?>(?! ?:)", r"<\1answer>"),
     (r"(?i)</?(?:s|b|br|strong|u|eos|end_of_turn)/?>|<\|[^|<>]*\|>|<｜[^<>]*｜>|\[EOS\]", " "),
-    (r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>"))]
+    (r"""\{[^{}]*["']answer["']\s*:\s*["']?([^"'{}]*)["']?\s*\}""", r"<answer>\1</answer>"))
 NEAR, TAIL, MOST = 300, 1000, 50  # characters between answers given together, and after the last; answers that are read
 
 
-def final_answers(text: str, choices: tuple[str, ...] = ()) -> list[str]:
+def final_answers(text: str, choices: Texts = ()) -> list[str]:
     """All that a response gives as its final answer, in order: the last counts, and no other may differ."""
-    for pattern, form in MARKS:
-        text = pattern.sub(form, text)
-    lines = [re.sub(r"[ \t]+", " ", line) for line in text.split("\n")]
+    lines = [re.sub(r"[ \t]+", " ", line) for line in respelt(text, MARKS).split("\n")]
     text = "\n".join(line for line in lines if line.strip())
     after = text.rpartition("</think>")[2]
     text = after if after.strip() else text
@@ -366,30 +353,31 @@ def lone_answer(text: str) -> list[str]:
     """The answer of a response without closing phrase that is nothing else, or whose first or last line is, or which
     ends "So the sum is 12."; a sentence, a question, a refusal or a list of options is none."""
     lines = [line.strip() for line in text.split("\n")]
+    first, last = lines[0], lines[-1]
     lettered = [line for line in lines if re.match(r"\W*[A-J](?:[).:]|\W*$)", line)]
     letter = r"\W*[A-J]\W*"
-    if "boxed" in text or len(lines[-1]) > MAX_ANSWER or REFUSED.search(lines[-1]):
+    if "boxed" in text or len(last) > MAX_ANSWER or REFUSED.search(last):
         return []
     listed = [line for line in lettered if not re.fullmatch(letter, line)]
-    if len(lettered) > 1 and not (len(listed) == len(lettered) - 1 and re.fullmatch(letter, lines[-1])):
+    if len(lettered) > 1 and not (len(listed) == len(lettered) - 1 and re.fullmatch(letter, last)):
         return []
-    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", lines[-1])[-1].strip("*"))
+    concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", last)[-1].strip("*"))
     so = len(lines) > 1 or re.match(r"(?i)(?:.*\. )?(?:so|therefore|thus|hence|因此|所以)\b", text)
     if concluded and (concluded[2] or so and quantity(concluded[1], nouns=True)):
         return [concluded[1] or concluded[2]]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         count = len(text.split())
         return [text] if lettered or count < 5 or count < 9 and not text.endswith(".") else []
-    goes_on = re.fullmatch(letter, lines[0]) and lines[1][0].islower()  # "B\nis wrong"
-    if (lettered == lines[:1] or quantity(lines[0])) and not goes_on:
-        return [] if RETRACTED.search("\n".join(["", *lines[1:]])) else [lines[0]]
-    if quantity(lines[-1]) and quantity(lines[-2]):
-        return []
-    last = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
-    return [lines[-1]] if re.fullmatch(last, lines[-1]) or quantity(lines[-1]) else []
+    goes_on = re.fullmatch(letter, first) and lines[1][0].islower()  # "B\nis wrong"
+    if (lettered == [first] or quantity(first)) and not goes_on:
+        return [] if RETRACTED.search("\n".join(["", *lines[1:]])) else [first]
+    alone = rf"{letter}|\W*\(?[A-J][).:] .+|\$[^$]+\$|\\\(.+\\\)"
+    if quantity(last):
+        return [] if quantity(lines[-2]) else [last]
+    return [last] if re.fullmatch(alone, last) else []
 
 
-def only_option(text: str, choices: tuple[str, ...]) -> list[str]:
+def only_option(text: str, choices: Texts) -> list[str]:
     """The one option that prose begins with, "No, it is not.", or whose text it holds, "It is a plant cell.", where it
     holds no other's and denies nothing."""
     first = re.split(r"[.,;:!\n]", text)[0][:MAX_ANSWER]
@@ -411,7 +399,7 @@ def words(text: str) -> str:
     return " ".join(["", *re.findall(r"\w+", text.casefold()), ""])
 
 
-def mentioned(text: str, choices: tuple[str, ...]) -> list[str]:
+def mentioned(text: str, choices: Texts) -> list[str]:
     """The options whose text stands in a text, but those that are a part of another."""
     prose = words(text)
     found = [choice for choice in choices if re.search(r"[^\W\d]{3}", choice) and words(choice) in prose]
@@ -488,7 +476,7 @@ def sides(answer: str) -> list[str]:
     return [ABOUT.sub("", part) for part in parts]
 
 
-def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
+def named_option(answer: str, choices: Texts) -> int | None:
     """The option that an answer names: by letter, by the option's text or value, or by a letter and then that text."""
     index = option_index(answer, choices)
     if index is not None:
@@ -514,7 +502,7 @@ def named_option(answer: str, choices: tuple[str, ...]) -> int | None:
     return index if alone or rest.strip("()") == letter else None
 
 
-def option_index(text: str, choices: tuple[str, ...]) -> int | None:
+def option_index(text: str, choices: Texts) -> int | None:
     """Which option a text names, by its letter alone, `(B)`, `B.` or `B**`, or by its whole text or value."""
     offered = ascii_uppercase[:len(choices)] or LETTERS
     letter = re.fullmatch(r"(?:(?i:option|choice|letter|选项) *)?[(\[{<\s]*([A-Za-z])[)\]}>.:;,!\s]*", plain(text))
@@ -527,7 +515,7 @@ def option_index(text: str, choices: tuple[str, ...]) -> int | None:
     return offered.index(letter[1].upper()) if letter and letter[1].upper() in offered else None
 
 
-def chosen(text: str, choices: tuple[str, ...]) -> set[int]:
+def chosen(text: str, choices: Texts) -> set[int]:
     """The options that a gold names: one, see option_index, or those of a multi-select, `A, C` in any order; else none.
     Letters that touch, `AC`, are several only where the options are known: they may be a line's name."""
     index = option_index(text, choices)
@@ -565,11 +553,11 @@ SIGNS = {macro: sign for sign, *macros in map(str.split, """× times|· cdot|÷ 
     """.split("|")) for macro in macros}  # LaTeX's names -> the sign that stands for them here
 SIGNS |= dict.fromkeys("left right displaystyle textstyle big Big bigl bigr Bigl Bigr rm bf therefore".split(), "")
 SIGNS |= {name: f" {name} " for name in FUNCTION.split("|")}
-AS_LATEX = str.maketrans({sign: rf"\{macro} " for macro, sign in reversed(SIGNS.items()) if len(sign) == 1})
+MACROS = str.maketrans({sign: rf"\{macro} " for macro, sign in reversed(SIGNS.items()) if len(sign) == 1})
 LOOKALIKES = str.maketrans("−–—‐‑⋅∙⁄∕∶：⩽⩾“”’‘。．、，◦º˚（）【】", "-----··//::≤≥\"\"''..,,°°°()[]", "✓✔✅∎")
-UNICODE = [(re.compile(pattern), form) for pattern, form in (  # what NFKC would make ambiguous
-    (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))]
-SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and markdown -> plain text, in order
+UNICODE = (  # what NFKC would make ambiguous
+    (r"\x0c", r"\\f"), ("([⁰¹²³⁴-⁹⁺⁻ⁿ]+)", r"^{\1}"), ("([₀-₉]+)", r"_{\1}"), (r"(\d)([¼-¾⅐-⅞])", r"\1 \2"))
+SPELLINGS = (  # LaTeX and markdown -> plain text, in order
     (r"(?<![\w)}])\*\*(?!\s)([^*\n]+)\*\*(?![\w({])", r"\1"), (r"(?<=[\w)}])\*\*(?=[\w({])", "^"), (r"\*\*|`|^#+", ""),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","), (r"\\[,;:! >]|\\q?quad|~", " "), (r"\\([%&#$_{}]|$)", r"\1"),
     (r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1"), (r"\{\s*\}|\\(?:text)?color *\{\w+\}", ""),
@@ -587,7 +575,12 @@ SPELLINGS = [(re.compile(pattern), form) for pattern, form in (  # LaTeX and mar
     (r"\s*_\s*(\w)", r"_{\1}"), (r"(\d)\s*[×·*x]\s*10\s*\^\{\s*([+-]?\d+)\s*\}", r"\1e\2"), ("<=", "≤"),
     (">=", "≥"), ("!=", "≠"), (r"^(?:negative|minus) (?=\d)", "-"), (r"\s+", " "),
     (rf"^ ?(?!{FUNCTION}|[^=]*\b(?:not?|or|is|if|that|wrong)\b)"  # the label of `Area = 12`, `Total S.A. = 12`
-     r"(?:[A-Za-z. ]*(?:[a-z]{3}|[A-Z]\.)[A-Za-z. ]*)?[=≈] ?", ""))]
+     r"(?:[A-Za-z. ]*(?:[a-z]{3}|[A-Z]\.)[A-Za-z. ]*)?[=≈] ?", ""))
+AS_LATEX = (  # a plain formula -> as math-verify reads it; then come the SIGNS
+    (r"(?<=\d)e([+-]?\d+)", r" \\times 10^{\1}"),
+    (r"(\d+)(?: (\d+)/(\d+)| *\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\2\4}{\3\5})"),  # 2 1/3
+    (r"(\d+)/(\d+) (?=[A-Za-zπ√])", r"\\frac{\1}{\2}"), (rf"(?<!\\)({FUNCTION})", r"\\\1 "),
+    ("°", r"\\frac{\\pi}{180}"), (r"^\{(.*)\}$", r"\\{\1\\}"), (r"\*", r" \\cdot "))
 
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
@@ -630,16 +623,22 @@ FRACTION = re.compile(rf"(-?)\\frac\s*\{{\s*(-?{DECIMAL})\s*\}}\s*\{{\s*(-?{DECI
 UNIT = re.compile(r"(/|\bper\b)|(°[CF]?|[%$€£¥]|[^\W\d_]+)(?:\^?\{?(-?[1-4])\}?)?|[\s·.*-]+")
 Dimensions = tuple[tuple[str, int], ...]  # (("m", 1), ("s", -1)); () is no unit
 THINGS: Dimensions = (("things", 1),)  # any nouns
+Unit = tuple[Fraction, Dimensions]  # its size, in what the dimensions name
 Quantity = tuple[Fraction, Fraction, Dimensions]  # the number, its unit's size, its unit's dimensions
+
+
+def respelt(text: str, spellings: Iterable[tuple[str, str]]) -> str:
+    for pattern, form in spellings:
+        text = re.sub(pattern, form, text)
+    return text
 
 
 @lru_cache(20_000)
 def plain(text: str) -> str:
     """An answer in its one spelling, without the LaTeX, markdown and unicode it may be dressed in, its formulas in
     LaTeX with unicode signs: `$\\dfrac12 \\mathrm{~cm}^2$` -> `\\frac{1}{2} cm^{2}`, `2*sqrt(3)` -> `2*√{3}`."""
-    for pattern, form in UNICODE:
-        text = pattern.sub(form, text)
-    text = " ".join(unicodedata.normalize("NFKC", text.translate(LOOKALIKES)).translate(LOOKALIKES).split())
+    text = unicodedata.normalize("NFKC", respelt(text, UNICODE).translate(LOOKALIKES))
+    text = " ".join(text.translate(LOOKALIKES).split())
     while boxes := boxed(text):
         start, end, inside = boxes[-1]
         text = f"{text[:start]} {inside} {text[end:]}"
@@ -647,9 +646,7 @@ def plain(text: str) -> str:
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # (else it is a currency)
         text = re.sub(r"(?<!\\)\$", "", re.sub(r"(?<=[^\s$])\$\s+\$(?=[^\s$])", " ; ", text))  # ;: several formulas
     text = re.sub(r"\\([A-Za-z]+) *", lambda macro: SIGNS.get(macro[1], macro[0]), text)
-    for pattern, form in SPELLINGS:
-        text = pattern.sub(form, text)
-    text = text.strip(" *").rstrip(".,;").strip()
+    text = respelt(text, SPELLINGS).strip(" *").rstrip(".,;").strip()
     return text[1:-1].strip() if re.fullmatch(r"\{(?:[^{},]|\{[^{}]*\})*\}", text) else text
 
 
@@ -672,8 +669,7 @@ def normal_text(text: str) -> str:
 def quantity(text: str, nouns: bool = False) -> Quantity | None:
     """`$1,234.5 cm^2$` -> 1234.5, 1/10000, (("m", 2),); None where it is anything but one number and perhaps its unit.
 
-    nouns: what stands there for a unit may be any words of a noun's length ("3 red cars").
-    """
+    nouns: what stands there for a unit may be any words of a noun's length ("3 red cars")."""
     if len(text) > MAX_ANSWER:
         return None
     text = FRACTION.sub(r" \1\2/\3", plain(text)).strip()
@@ -692,12 +688,11 @@ def quantity(text: str, nouns: bool = False) -> Quantity | None:
     return -value if sign == "-" else value, *unit
 
 
-def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[Fraction, Dimensions] | None:
+def read_unit(text: str, nouns: bool = False, attached: bool = False) -> Unit | None:
     """A unit's size and dimensions, of products and powers of units; size 1 and () for none; None: it is no unit.
 
     nouns: any words of a noun's length are one. attached: it stands at its number without a space.
-    Where letters may as well be variables, they are: 3s, 6 s^2, 4 l h, mn^2.
-    """
+    Where letters may as well be variables, they are: 3s, 6 s^2, 4 l h, mn^2."""
     size, powers, noun, sign, above = Fraction(1), Counter[str](), False, 1, 0
     if UNIT.sub("", text):
         return None
@@ -721,13 +716,13 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> tuple[F
     return size, dimensions or (THINGS if noun else ())
 
 
-def unit_named(name: str) -> tuple[Fraction, Dimensions] | None:
+def unit_named(name: str) -> Unit | None:
     """A unit by its name, in singular or plural; of three letters and more in capitals or small ones."""
     small = name.lower() if len(name) > 2 else name
     return UNITS.get(name) or UNITS.get(small) or (UNITS.get(small[:-1]) if small[2:] and small[-1] == "s" else None)
 
 
-UNITS: dict[str, tuple[Fraction, Dimensions]] = {}  # by name: its size and dimensions
+UNITS: dict[str, Unit] = {}  # by name: its size and dimensions
 
 
 def _fill_units() -> None:
@@ -771,7 +766,7 @@ def parse_number(text: str) -> float | None:
     return float(found[0]) if found and abs(found[0]) < 10**308 else None
 
 
-def parse_items(text: str) -> tuple[str, tuple[str, ...]] | None:
+def parse_items(text: str) -> tuple[str, Texts] | None:
     """`[2013, 2014]`, `(1, 2)`, `1, 2`, `1:2` -> its mark (the bracket, "" or ":") and its items; else None."""
     text = plain(text)
     if ":" in text:
@@ -784,7 +779,7 @@ def parse_items(text: str) -> tuple[str, tuple[str, ...]] | None:
     return (mark, items) if listed else None
 
 
-def infer_answer_type(golds: tuple[str, ...], choices: tuple[str, ...]) -> str:
+def infer_answer_type(golds: Texts, choices: Texts) -> str:
     """The answer type of all accepted answers together; text takes in mixtures such as 12 and twelve."""
     if choices:
         return "choice"
@@ -804,7 +799,7 @@ def infer_answer_type(golds: tuple[str, ...], choices: tuple[str, ...]) -> str:
 
 # --- golds ------------------------------------------------------------------------------------------------------------
 
-def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tuple[str, ...], tuple[str, ...], str]:
+def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | Texts, Texts, str]:
     """A gold and its options as data has them -> (gold, or all accepted ones; options; answer type, inferred if empty).
 
     Raises ValueError that says why no rule could judge by it. (Whether math-verify can: gold_fault, for that is slow.)
@@ -823,21 +818,20 @@ def read_gold(answer: Any, choices: Iterable, kind: str = "") -> tuple[str | tup
     kind = kind or infer_answer_type(golds, options)
     if kind not in RULES:
         raise ValueError(f"answer type {kind!r} is none of {', '.join(RULES)}")
+    can_be_read, unread = READS[kind]
     for gold in golds:
-        if not READS[kind](gold, options):
-            of = f" {list(options) or LETTERS}" if kind == "choice" else ""
-            raise ValueError(f"its answer {gold[:80]!r} {UNREAD[kind]}{of}")
+        if not can_be_read(gold, options):
+            raise ValueError(f"its answer {gold[:80]!r} {unread.format(list(options) or LETTERS)}")
         if kind != "choice" and len(gold) > MAX_ANSWER:
             raise ValueError(f"its answer is {len(gold)} characters long; no rule can judge more than {MAX_ANSWER}")
     return golds if several else golds[0], options, kind
 
 
-READS = {  # can a gold of this type be read?
-    "choice": lambda gold, options: bool(chosen(gold, options)),
-    "number": lambda gold, _: parse_number(gold) is not None, "list": lambda gold, _: parse_items(gold) is not None,
-    "text": lambda gold, _: normal_text(gold) != "", "math": lambda gold, _: True}
-UNREAD = {"choice": "names none of the options", "number": "is no number", "list": "is no list, tuple or ratio",
-          "text": "holds nothing but punctuation"}
+READS = {  # can a gold of this type be read? And what it is where it cannot
+    "choice": (lambda gold, options: bool(chosen(gold, options)), "names none of the options {}"),
+    "number": (lambda gold, _: parse_number(gold) is not None, "is no number"),
+    "list": (lambda gold, _: parse_items(gold) is not None, "is no list, tuple or ratio"),
+    "text": (lambda gold, _: normal_text(gold) != "", "holds nothing but punctuation"), "math": (lambda *_: True, "")}
 
 
 def gold_fault(record: Problem) -> str | None:
@@ -864,9 +858,7 @@ WORDED = re.compile(r"(.+\S)\s([A-Za-z]{2,}(?:\^\{[1-3]\})?)")  # 2x cm
 def measured(text: str) -> tuple[str, tuple]:
     """`12√{2} cm` -> 12√{2} and its unit. Beside variables a letter is no unit: `\\frac{1}{2} b h`."""
     for pattern in (BODY, WORDED):
-        match = pattern.fullmatch(text)
-        unit = read_unit(match[2], attached=True) if match else None
-        if match and unit:
+        if (match := pattern.fullmatch(text)) and (unit := read_unit(match[2], attached=True)):
             return match[1], unit if unit[1] else ()
     return text, ()
 
@@ -892,21 +884,14 @@ def letters(formula: str) -> set[str]:
 
 def latex(formula: str) -> str:
     """A plain formula as math-verify reads it."""
-    formula = re.sub(r"(?<=\d)e([+-]?\d+)", r" \\times 10^{\1}", formula)
-    formula = re.sub(r"(\d+)(?: (\d+)/(\d+)| *\\frac\{(\d+)\}\{(\d+)\})", r"(\1+\\frac{\2\4}{\3\5})", formula)  # 2 1/3
-    formula = re.sub(r"(\d+)/(\d+) (?=[A-Za-zπ√])", r"\\frac{\1}{\2}", formula)
-    formula = re.sub(rf"(?<!\\)({FUNCTION})", r"\\\1 ", formula)
-    formula = formula.replace("°", r"\frac{\pi}{180}").translate(AS_LATEX)
-    formula = re.sub(r"^\{(.*)\}$", r"\\{\1\\}", formula).replace(r"\sqrt ", r"\sqrt").replace("*", r" \cdot ")
-    return " ".join(formula.split())
+    return " ".join(respelt(formula, AS_LATEX).translate(MACROS).replace(r"\sqrt ", r"\sqrt").split())
 
 
 class Verifier:
     """Asks math-verify, in worker processes of which pebble kills those that take longer than `timeout` seconds.
 
     math-verify's own time-out is SIGALRM, which raises in every thread but the main one, and a sympy that hangs
-    cannot be stopped from a thread. The workers start at the first question: a run without math golds never pays.
-    """
+    cannot be stopped from a thread. The workers start at the first question: a run without math golds never pays."""
 
     def __init__(self, timeout: float = 5.0, memory: int = 1 << 30, workers: int = 0):
         """memory: bytes that a worker may take beyond its imports. workers: 0 for 2 to 8, by the cores of a rank."""
@@ -918,10 +903,10 @@ class Verifier:
         self._pool: ProcessPool | None = None
         self._starting = threading.Lock()
 
-    def __call__(self, gold: str, answer: str | None, precision: int | None = None) -> bool:
-        """Does the answer equal the gold, to so many decimals if given? answer None: can the gold be parsed?
+    def __call__(self, gold: str, answer: str, precision: int | None = None) -> bool:
+        """Does the answer equal the gold, to so many decimals if given?
 
-        False too when it cannot be parsed, takes too long, or takes too much memory. May be asked from many threads.
+        False too when one cannot be parsed, takes too long, or takes too much memory. May be asked from many threads.
         """
         return self._asked(gold, answer, precision)
 
@@ -932,7 +917,7 @@ class Verifier:
             self._pool.join()
             self._pool = None
 
-    def _ask(self, gold: str, answer: str | None, precision: int | None) -> bool:
+    def _ask(self, gold: str, answer: str, precision: int | None) -> bool:
         cause: Exception | None = None
         for _ in range(3):
             try:
@@ -970,18 +955,17 @@ def _start_worker(memory: int) -> None:
     import resource
 
     logging.disable(logging.CRITICAL)  # math-verify warns at length that its own time-outs are off
-    _verify("1", None, None, 60)  # the first call loads its grammar
+    _verify("1", "1", None, 60)  # the first call loads its grammar
     with contextlib.suppress(OSError, ValueError):  # no /proc on macOS, or a lower limit: the time-out alone must do
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
 
 
-def _verify(gold: str, answer: str | None, precision: int | None, timeout: float) -> bool:
-    """In a worker: does math-verify find the two equal? answer None: can it parse the gold?
+def _verify(gold: str, answer: str, precision: int | None, timeout: float) -> bool:
+    """In a worker: does math-verify find the two equal?
 
     Parsed by its own parser, but with letters as they are (it reads R^2 - r^2 as 0) and none taken for a unit (2ab as
-    2). Numbers are compared here: it takes 3/10^20 and 4/10^20 for equal.
-    """
+    2). Numbers are compared here: it takes 3/10^20 and 4/10^20 for equal."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import verify
@@ -993,8 +977,7 @@ def _verify(gold: str, answer: str | None, precision: int | None, timeout: float
 
     signal.alarm(math.ceil(timeout) + 5)  # should the parent die meanwhile, nobody else would end a hung sympy
     try:
-        g = read(gold)
-        a = read(gold if answer is None else answer)
+        g, a = read(gold), read(answer)
         if a == g:
             return True
         if isinstance(a, Expr) and isinstance(g, Expr) and not a.free_symbols | g.free_symbols:

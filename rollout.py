@@ -56,7 +56,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
-from data import PROMPTS, QUIET, Processor, Prompt, Record, number, open_image
+from data import PROMPTS, QUIET, Processor, Prompt, Record, number, open_image, run_program
 
 if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -94,8 +94,7 @@ class Group:
 def log_distribution(logits: torch.Tensor, temperature: float, excluded: torch.Tensor) -> torch.Tensor:
     """Logits [..., V] -> log-probs of the distribution that is sampled from, in fp32. The sampler's and the trainer's.
 
-    excluded: vision tokens, which get probability 0: a sampled <|image_pad|> would be an image without pixels.
-    """
+    excluded: vision tokens, which get probability 0: a sampled <|image_pad|> would be an image without pixels."""
     return (logits.float() / temperature).index_fill_(-1, excluded, float("-inf")).log_softmax(-1)
 
 
@@ -108,8 +107,7 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
 
     On a GPU fewer, where their keys and values, as long as they may become, would not fit. A response depends on seed,
     record id and its number in the group, and on nothing that is sampled beside it (but for rounding): not on batch,
-    order, max_rows or processes. No global random state is used.
-    """
+    order, max_rows or processes. No global random state is used."""
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     was_training, inherited = model.training, model.generation_config
     model.eval()  # in train mode gradient checkpointing silently drops the cache, and the text comes out wrong
@@ -144,32 +142,6 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     return groups
 
 
-def rows_that_fit(model: PreTrainedModel, slots: int) -> int:
-    """Rows whose keys and values, of `slots` tokens each, take four fifths of the GPU memory that is free."""
-    if model.device.type != "cuda":
-        return sys.maxsize
-    config = model.config.text_config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * slots
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # (torch's, of no tensor)
-    return int(0.8 * (torch.cuda.mem_get_info()[0] + unused)) // size
-
-
-def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: str) -> Iterator[list[Prompt]]:
-    """The prompts of each batch. Threads make those of the next one, a picture of 1 MP in a tenth of a second, while
-    the policy works on this. Raises ValueError as Processor.encode does."""
-    pool, coming = ThreadPoolExecutor(4), None
-    try:
-        for batch in batches:
-            now, coming = coming, [pool.submit(processor.encode, record, style) for record in batch]
-            if now is not None:
-                yield [prompt.result() for prompt in now]
-        if coming is not None:
-            yield [prompt.result() for prompt in coming]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def generation_config(processor: Processor, *, temperature: float, max_tokens: int) -> GenerationConfig:
     """Every setting that shapes sampling, stated. temperature 0 is greedy."""
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -188,8 +160,7 @@ def uniforms(seed: int, record_id: str, response: int, count: int) -> np.ndarray
 def draw(logp: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Log-probs [N, V], uniforms [N, 1] -> tokens [N], by inverse CDF: no generator whose state a batch would share.
 
-    In float64, where the sum's rounding (on a GPU it need not even be monotone) cannot hit a token of probability 0.
-    """
+    In float64, where the sum's rounding (on a GPU it need not even be monotone) cannot hit a token of probability 0."""
     cdf = logp.double().exp().cumsum(-1)
     total = cdf[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -204,8 +175,7 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
 
     uniform [P * repeats, T]. graph: what makes one step fast (`capture`; on a CPU None). What stands after a row's stop
     token is of no meaning. Ours in place of transformers' loop: a prompt is prefilled once, not once a response; rows
-    that have ended leave; the host waits for the device once in CHECK steps; the step can be captured.
-    """
+    that have ended leave; the host waits for the device once in CHECK steps; the step can be captured."""
     device, steps = input_ids.device, generation_config.max_new_tokens
     temperature = generation_config.temperature if generation_config.do_sample else None
     excluded, stops = (torch.tensor(ids, device=device) for ids in
@@ -267,8 +237,7 @@ class Slots:
     """Keys and values of N rows, a slot for each token: every row fills its own from the left, however long it is.
 
     Memory is taken once, for the longest response, and used as far as `size`: to grow or to lose rows copies nothing
-    beside it, and an allocator is left no holes.
-    """
+    beside it, and an allocator is left no holes."""
 
     def __init__(self, layers: list, padding: torch.Tensor, repeats: int, dtype: torch.dtype, room: int):
         """layers: of transformers' cache after the prefill, [P, heads, L, D] each, which is emptied; padding [P], left
@@ -414,8 +383,7 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
     that distribution's, in nats, without gradients. mask is 1 on response tokens, the stop token among them, by
     position and never by token value: the stop token may be the pad token too. At most chunk x V logits exist at a
     time, in the backward pass too, however long the responses are. blank: its picture goes through the vision tower
-    where no row has one, and counts nothing: processes that share a sharded model must make the same calls.
-    """
+    where no row has one, and counts nothing: processes that share a sharded model must make the same calls."""
     packing, device = pack(model, processor, rows), device_of(model)
     excluded = torch.tensor(processor.vision_ids, device=device)
 
@@ -444,7 +412,7 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
     return nothing.masked_scatter(mask, logp), nothing.masked_scatter(mask, entropy), mask
 
 
-# === the fold: below, attention, how a policy is loaded, and how several processes share it ===========================
+# === the fold: below, attention, memory, how a policy is loaded, and how several processes share it ===================
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -456,8 +424,7 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
     slots: the sampler's; the query is each row's newest token. sequences: of a prefill and of the trainer's rows.
     cu_seq_lens_q, max_length_q: ends and longest of the vision tower's windows, which are not causal. None of these: as
-    transformers has it.
-    """
+    transformers has it."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # (under autocast the rotation has left them in fp32)
     if slots is not None:
         keys, values = slots.write(module.layer_idx, key, value)  # [N, key heads, S, D]
@@ -484,8 +451,7 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tens
            longest_q: int, longest_k: int, scale: float, causal: bool) -> torch.Tensor:
     """Attention of sequences that stand one after the other; causal: aligned at their ends.
 
-    q [n, heads, D], k and v [m, key heads, D]; ends [sequences + 1] int32 -> [n, heads, D].
-    """
+    q [n, heads, D], k and v [m, key heads, D]; ends [sequences + 1] int32 -> [n, heads, D]."""
     if q.is_cuda and q.dtype != torch.float32:
         if is_flash_attn_2_available():
             return flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale=scale,
@@ -525,6 +491,34 @@ def use_own_kernels(model: PreTrainedModel) -> None:
     model.model.visual.patch_embed.proj.__class__ = PatchEmbedding
 
 
+# --- memory and pictures ----------------------------------------------------------------------------------------------
+
+def rows_that_fit(model: PreTrainedModel, slots: int) -> int:
+    """Rows whose keys and values, of `slots` tokens each, take four fifths of the GPU memory that is free."""
+    if model.device.type != "cuda":
+        return sys.maxsize
+    config = model.config.text_config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * slots
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # (torch's, of no tensor)
+    return int(0.8 * (torch.cuda.mem_get_info()[0] + unused)) // size
+
+
+def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: str) -> Iterator[list[Prompt]]:
+    """The prompts of each batch. Threads make those of the next one, a picture of 1 MP in a tenth of a second, while
+    the policy works on this. Raises ValueError as Processor.encode does."""
+    pool, coming = ThreadPoolExecutor(4), None
+    try:
+        for batch in batches:
+            now, coming = coming, [pool.submit(processor.encode, record, style) for record in batch]
+            if now is not None:
+                yield [prompt.result() for prompt in now]
+        if coming is not None:
+            yield [prompt.result() for prompt in coming]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
@@ -532,8 +526,7 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
     freeze_vision: the vision tower gets no gradient. A small one on a CPU sets the process to one thread (SMALL).
-    Raises ValueError when path is no Qwen vision-language model.
-    """
+    Raises ValueError when path is no Qwen vision-language model."""
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
     try:
@@ -650,8 +643,7 @@ def load_to_sample(path: str, max_pixels: int | None) -> tuple[PreTrainedModel, 
 def claim_device() -> torch.device:
     """Take this process's own GPU where there are any, else the CPU. (Not Apple's: nothing here was ever tried on it.)
 
-    Raises ValueError where the processes of this machine are more than its GPUs.
-    """
+    Raises ValueError where the processes of this machine are more than its GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -747,7 +739,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_program(main, "stopped")

@@ -64,7 +64,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from curriculum import Batch, Curriculum, warn_if_blind
-from data import TINY, Processor, Prompt, Record, check_records, load_records, range_fault
+from data import TINY, Processor, Prompt, Record, check_records, load_records, range_fault, run_program
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
                   roll_out, summarize, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
@@ -87,8 +87,7 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
     logprobs, old_logprobs, mask (and ref_logprobs) [N, T], advantages [N] already weighted. num_tokens and
     num_sequences count the whole update, of which these rows may be a micro-batch: losses of micro-batches then add up
     to the update's. Statistics are sums over tokens, and add up too. aggregation `constant` divides by
-    num_sequences * max_tokens.
-    """
+    num_sequences * max_tokens."""
     mask = mask.to(logprobs.dtype)
     tokens = max(1, mask.sum().item() if num_tokens is None else num_tokens)
     sequences = max(1, len(mask) if num_sequences is None else num_sequences)
@@ -126,8 +125,7 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
 
     responses: to all P prompts; groups: to this rank's, every world-th of them (prompt p is group p // world of rank
     p % world). Raises FloatingPointError, on all ranks and before the weights change, when the loss is not finite. A
-    collective.
-    """
+    collective."""
     device, world = device_of(policy.model), rank_and_world()[1]
     parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
@@ -246,8 +244,7 @@ def micro_batches(rows: list[Packed], budget: int) -> list[list[Packed]]:
 def even_out(parts: list[list[list[Packed]]], processor: Processor, cfg: Config) -> list[Prompt | None]:
     """Give each rank as many micro-batches of each update as the rank with the most has: a sharded model gathers its
     weights block by block, which all ranks must ask for alike -> of each update the prompt whose picture goes through
-    the vision tower where a rank's rows have none; None where no rank has a picture. A collective.
-    """
+    the vision tower where a rank's rows have none; None where no rank has a picture. A collective."""
     load = torch.tensor([[len(micros), any(row.prompt.grid is not None for micro in micros for row in micro)]
                          for micros in parts])
     dist.all_reduce(load, dist.ReduceOp.MAX)
@@ -538,8 +535,7 @@ LOGS = ("metrics.jsonl", "responses.jsonl")
 class Run:
     """A run's folder: its log, its checkpoints, its held-out scores, and the pictures of them.
 
-    All ranks hold one and call its methods together, each a collective; rank 0 writes.
-    """
+    All ranks hold one and call its methods together, each a collective; rank 0 writes."""
 
     def __init__(self, cfg: Config):
         """Find the folder new, or a run to go on with and its newest checkpoint. Raises ValueError for any other."""
@@ -693,8 +689,7 @@ def find_run(cfg: Config) -> Path | None:
     """The checkpoint to resume from, or None for a run that is new, or that died before its first.
 
     Raises ValueError when the folder holds another run, when --resume finds other settings than the run began with,
-    when all of its checkpoints are damaged, and when its log is not that of its checkpoint: nothing is changed yet.
-    """
+    when all of its checkpoints are damaged, and when its log is not that of its checkpoint: nothing is changed yet."""
     folder = Path(cfg.out)
     if cfg.resume != (folder / "settings.json").exists():
         raise ValueError(f"--resume: {folder} holds no run; check --out" if cfg.resume else
@@ -718,8 +713,7 @@ def held_out(policy: Policy, test: list[Record], cfg: Config, folder: Path, step
     """Answer the held-out problems greedily and, at the two ends of training, also at temperature 1 -> the line to log;
     None when asked to stop before all are answered. In between the first --eval-limit of them have to do.
 
-    Answers are on disk as they come, and a run that goes on does not give them again. A collective.
-    """
+    Answers are on disk as they come, and a run that goes on does not give them again. A collective."""
     records = test if ends else test[:cfg.eval_limit or None]
     scores, shown = {}, []
     for name, temperature, k in (("greedy", 0, 1), ("sampled", 1, cfg.eval_samples))[:2 if ends else 1]:
@@ -762,8 +756,7 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
 
     Of the machine: verifier_timeouts, answers given up on so far; tokens_per_second; seconds_pictures (waited for, not
     made: rollout.encode_ahead), _rollout, _reward, _update; memory, on a GPU the peak so far of the fullest rank, in
-    GB. eval: held-out scores, overall and by difficulty level.
-    """
+    GB. eval: held-out scores, overall and by difficulty level."""
     lengths = torch.tensor([[r.tokens for r in group] for group in responses]).float()  # [P, G]
     truncated = torch.tensor([[bool(r.truncated) for r in group] for group in responses])
     right = rewards.accuracy.sum(1)
@@ -891,8 +884,7 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
     """Write run/checkpoint-<step>: a plain Hugging Face folder, and trainer/ beside it. Whole or not at all.
 
     Rank 0 gathers and writes the weights; of AdamW's moments each rank writes its own. Written aside, forced to disk,
-    then renamed. Raises OSError, naming what is left and what to do, when it cannot be written. A collective.
-    """
+    then renamed. Raises OSError, naming what is left and what to do, when it cannot be written. A collective."""
     import torch.distributed.checkpoint as dcp  # (here, as in shard: its import takes a second)
 
     path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", rank_and_world()[0] == 0
@@ -965,8 +957,7 @@ def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint that can be read, None where there are none at all; others are set aside, and said so.
 
     Read: each file is there and as long as it was, which is where a full disk or half a copy shows, and its JSON and
-    the heads of its tensors are what they should be. Raises ValueError when none can be.
-    """
+    the heads of its tensors are what they should be. Raises ValueError when none can be."""
     damaged: list[Path] = []
     for path in reversed(checkpoints(run)):
         try:
@@ -1037,9 +1028,4 @@ def answers_after(folder: Path, step: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # what the user can mend: one line, not a stack
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+    run_program(main, "stopped", (ValueError, OSError))

@@ -115,6 +115,14 @@ def test_allot_by_hand():
     assert allot(np.array([1, 2, 10]), np.array([4, 4]), mixing).sum(1).tolist()[0] < 4
 
 
+def test_a_ladder_of_other_shares():
+    """An ablation of the mixing gives its own table, and its own sizes of the stages, to the one function."""
+    shares = np.array([5, 1, 1, 1, 1, 1, 1, 1, 8]) / 20
+    ladder = build_ladder(measured([400] * 9), size=200, mixing=np.eye(9), stage_shares=shares)
+    assert (counts(ladder) == np.diag([50, 10, 10, 10, 10, 10, 10, 10, 80])).all()
+    assert len(build_ladder(measured([100] * 9), mixing=np.eye(9), stage_shares=shares)) == 250, "level 8 limits it"
+
+
 def test_ladder_depends_on_the_seed_and_not_on_the_order_of_the_input():
     records = measured([60] * 9)
     first = build_ladder(records, size=200, seed=1)

@@ -13,10 +13,11 @@ from conftest import ROOT
 # In the order of imports: each file takes from those before it only. Lines in all and above the fold, at most. (The
 # plan of the house wants 620, 960, 640, 700, 600, 760 lines and 40,000 tokens. The caps are to go down; they went up
 # twice: by 6% when the judge learned to read answers as people write them, tests/answers.jsonl, and by 9% when data.py
-# learned to read, or to refuse by name, what people bring: tests/test_loading.py.)
-HOUSE = {"rewards": (1011, 280), "data": (1550, 350), "rollout": (675, 420), "eval": (1012, 280),
-         "curriculum": (680, 292), "train": (1040, 380)}
-LINES, ABOVE, TOKENS, README = 5965, 2000, 53_950, 16_000
+# learned to read, or to refuse by name, what people bring: tests/test_loading.py. What attention without masks cost in
+# rollout.py was paid in the others.)
+HOUSE = {"rewards": (994, 280), "data": (1547, 350), "rollout": (745, 420), "eval": (980, 280),
+         "curriculum": (662, 292), "train": (1032, 380)}
+LINES, ABOVE, TOKENS, README = 5955, 2000, 53_750, 16_000
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
