@@ -209,13 +209,13 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, *, generation_config
 
     run, warm, chunk = None, False, CHECK if graph is None else 16 * CHECK  # (every size is captured anew)
     for start in range(0, steps, CHECK):
-        if start % chunk == 0:
-            slots.size += min(chunk, steps - start)
-            run, warm = None, False
         ended = torch.isin(tokens[rows, :start], stops).any(1) if start else torch.zeros_like(rows, dtype=torch.bool)
         left = int((~ended).sum())
         if not left:
             break
+        if start % chunk == 0:
+            slots.size += min(chunk, steps - start)
+            run, warm = None, False
         # A graph is worth a new capture when half of the rows are gone; without one, they leave at once.
         count = left if graph is None else min(len(rows), 1 << (left - 1).bit_length())
         if count < len(rows):
@@ -310,7 +310,7 @@ class Packed:
 class Sequences:
     """Who sees whom among the tokens of a batch: sequences of queries and keys, causal and aligned at their ends."""
 
-    queries: torch.Tensor  # [n] places in the batch, flat, sequence after sequence; padding is in none
+    queries: torch.Tensor  # [n] places in the batch, flat, in order, sequence after sequence; padding is in none
     keys: torch.Tensor  # [m] the same for their keys
     ends_q: torch.Tensor  # [sequences + 1] int32, where each begins and ends
     ends_k: torch.Tensor  # [sequences + 1]
@@ -440,10 +440,11 @@ def attention(module, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         ends, longest = cu_seq_lens_q.int(), int(max_length_q)
         return varlen(q, k, v, ends, ends, longest, longest, module.scaling, causal=False)[None], None
     if sequences is not None:
-        s = sequences
-        out = varlen(q[s.queries], k[s.keys], v[s.keys], s.ends_q, s.ends_k, s.longest_q, s.longest_k, module.scaling,
-                     causal=True)
-        return torch.zeros_like(q).index_copy(0, s.queries, out).unflatten(0, (len(query), -1)), None
+        s, whole = sequences, len(sequences.queries) == len(q)  # whole: nothing is padded, the queries are as they lie
+        out = varlen(q if whole else q[s.queries], k[s.keys], v[s.keys], s.ends_q, s.ends_k, s.longest_q, s.longest_k,
+                     module.scaling, causal=True)
+        out = out if whole else torch.zeros_like(q).index_copy(0, s.queries, out)
+        return out.unflatten(0, (len(query), -1)), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 

@@ -1,427 +1,489 @@
-"""What only a GPU can show, the cheapest first: a line of JSON for each check, written at once, so that a machine that
-is lost loses one check.
+"""What only a GPU can show, cheapest first: a line of JSON a check, flushed, so that a lost machine loses one check.
 
-    python tests/gpu_check.py --out assets/gpu.jsonl --budget 360          # where a GPU is lent
-    python tests/gpu_check.py --only kernels,capture                       # on a CPU it tries its own code, tiny
+    python tests/gpu_check.py                                       # all: some six minutes of an H100
+    python tests/gpu_check.py --only kernels,capture                # these
+    python tests/gpu_check.py --budget 360 --out gpu_check.jsonl    # where a GPU is lent: none begins after 360 s
 
-A check that fails says so, and the next begins; the exit status is 1 then. Nothing is downloaded: weights are random,
-or the built-in world's. What is expected stands in each check's docstring.
+A check that fails says so, beside what it had found, and the next begins; the exit status is then 1. Without a GPU the
+same code runs at tiny sizes, in fp32, to be tried itself, and what cannot be had says that it needs one. What is
+expected is from reading and arithmetic: none of it has met a GPU yet.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import gc
+import importlib.metadata
 import json
+import math
 import os
+import statistics
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache, partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import accelerate
 import bench
 import torch
 import torch.nn.functional as F
-import transformers
-from plain import transformers_own
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import rollout
-from data import Processor, load_records
-from rollout import Packed, Slots
+from data import Processor, Prompt, Record, load_records
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-HALF = torch.bfloat16 if GPU else torch.float32
-TOY = ROOT / "assets/toy"
-
-
-def milliseconds(work: Callable, repeats: int = 10) -> float:
-    """The median of `repeats`, after two that warm up."""
-    seconds = sorted([bench.time_of(work) for _ in range(repeats + 2)][2:])
-    return round(1000 * seconds[len(seconds) // 2], 3)
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative, of norms."""
-    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+TOY = Path(__file__).resolve().parent.parent / "assets" / "toy"
+DEVICE = rollout.claim_device()
+GPU = DEVICE.type == "cuda"
+HALF = torch.bfloat16 if GPU else torch.float32  # what a policy samples in
+SIZE = bench.SIZES["3b" if GPU else "tiny"]
+HEADS, KEY_HEADS, WIDTH, LAYERS = (16, 2, 128, 36) if GPU else (4, 2, 16, 2)  # 3B's attention
+PROMPT, RESPONSE = (9216, 8192) if GPU else (16, 32)  # its preset's limits, tokens
+CAPTURE: Callable[[Callable], Callable] = rollout.capture if GPU else lambda step: step
+NEEDS = {"needs": "a GPU"}
+Found = Iterator[tuple[str, Any]]  # what a check finds, by name, as it comes
 
 
-@contextlib.contextmanager
-def cudnn(on: bool) -> Iterator[None]:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(on)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+def sync() -> None:
+    if GPU:
+        torch.cuda.synchronize()
 
 
-def flash_attn_on(on: bool) -> contextlib.AbstractContextManager:
-    """With flash-attn's kernels, where it is installed, or with torch's."""
-    stack, real = contextlib.ExitStack(), rollout.is_flash_attn_2_available
-    rollout.is_flash_attn_2_available = (lambda: on)
-    stack.callback(setattr, rollout, "is_flash_attn_2_available", real)
-    return stack
+def seconds(work: Callable[[], Any]) -> float:
+    sync()
+    start = time.perf_counter()
+    work()
+    sync()
+    return time.perf_counter() - start
 
 
-KERNELS = {"torch": False} | ({"flash-attn": True} if rollout.is_flash_attn_2_available() else {})
+def ms(work: Callable[[], Any], repeats: int = 10) -> float:
+    """The median, after two that warm up."""
+    for _ in range(2):
+        work()
+    return 1e3 * statistics.median(seconds(work) for _ in range(repeats))
 
 
-def empty() -> None:
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative, of the whole tensor."""
+    found, wanted = found.detach().double().reshape(wanted.shape), wanted.detach().double()
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def normal(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
+
+
+def reset() -> None:
+    sync()
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def gigabytes() -> dict[str, float]:
-    """The peaks since the last `empty`."""
+def peaks() -> dict:
+    """At most since reset(). retries, so far: all cached memory was given back, the first sign of too little."""
     if not GPU:
-        return {"allocated": 0.0, "reserved": 0.0}
-    return {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
+        return NEEDS
+    found = torch.cuda.memory_stats()
+    return {"allocated GB": found["allocated_bytes.all.peak"] / 1e9,
+            "reserved GB": found["reserved_bytes.all.peak"] / 1e9, "retries": found["num_alloc_retries"]}
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
-
-def environment() -> dict:
-    """Versions, card, and what it can do. cuDNN's attention is to be off."""
-    found = {"torch": torch.__version__, "transformers": transformers.__version__, "cores": os.cpu_count(),
-             "accelerate": accelerate.__version__, "kernels": list(KERNELS), "device": "CPU",
-             "cuDNN attention": torch.backends.cuda.cudnn_sdp_enabled(),
-             "GB/s": bench.bandwidth(DEVICE) / 1e9, "TFLOP/s": bench.flops(DEVICE) / 1e12}
-    if GPU:
-        free, total = torch.cuda.mem_get_info()
-        found |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version(),
-                  "free GB": free / 1e9, "total GB": total / 1e9}
-    return found
-
-
-def sequences(lengths_q: list[int], lengths_k: list[int], heads: int, key_heads: int, width: int,
-              ) -> tuple[list[torch.Tensor], tuple]:
-    """Queries, keys, values, a gradient to come; and the ends and longest that rollout.varlen takes."""
-    torch.manual_seed(0)
-    shapes = (sum(lengths_q), heads), (sum(lengths_k), key_heads), (sum(lengths_k), key_heads), (sum(lengths_q), heads)
-    tensors = [torch.randn(*shape, width, device=DEVICE, dtype=HALF) for shape in shapes]
-    ends = (torch.tensor([0, *n]).cumsum(0).int().to(DEVICE) for n in (lengths_q, lengths_k))
-    return tensors, (*ends, max(lengths_q), max(lengths_k))
-
-
-def run(tensors: list[torch.Tensor], ends: tuple, causal: bool) -> tuple[torch.Tensor, ...]:
-    """rollout.varlen, and its gradients."""
-    inputs = [t.detach().requires_grad_() for t in tensors[:3]]
-    out = rollout.varlen(*inputs, *ends, inputs[0].shape[-1]**-0.5, causal)
-    return out.detach(), *torch.autograd.grad(out, inputs, tensors[3])
-
-
-def kernels() -> dict:
-    """Attention of sequences in bf16 against fp64, output and gradients: below 0.01 is bf16's rounding. Grouped heads,
-    causal, aligned at the ends; and the vision tower's windows, of head dimension 80."""
-    found = {}
-    for name, kernel in KERNELS.items():
-        for what, lengths_q, lengths_k, shape, causal in (
-                ("responses", [321, 5, 64, 1, 400], [321, 326, 385, 322, 721], (16, 2, 128), True),
-                ("windows", [64, 64, 16, 64, 300], [64, 64, 16, 64, 300], (16, 16, 80), False)):
-            tensors, ends = sequences(lengths_q, lengths_k, *shape)
-            with flash_attn_on(kernel):
-                got = run(tensors, ends, causal)
-            exact = [t.double().cpu() for t in tensors]
-            want = run(exact, tuple(e.cpu() if isinstance(e, torch.Tensor) else e for e in ends), causal)
-            found[f"{what}, {name}"] = dict(zip(("out", "q", "k", "v"), map(difference, got, want)))
-    if max(max(part.values()) for part in found.values()) > 0.01:
-        raise ArithmeticError(f"not the attention that it should be: {found}")
-    return found
-
-
-def cudnn_nan() -> dict:
-    """pytorch issue 196678: with a mask, L % 128 == 64 and a log-sum-exp below -88.7, cuDNN's gradients were NaN. How
-    many are, with it and without: the reason why it is off; without it none may be."""
-    found = {}
-    for on in (True, False):
-        for length in (704, 640):
-            torch.manual_seed(0)
-            q, k, v = (torch.randn(1, 1, length, 64, device=DEVICE, dtype=HALF) * scale for scale in (0.1, 0.1, 1))
-            q[..., 0], k[..., 0] = 1.0, -960.0
-            q, k, v = (x.requires_grad_() for x in (q, k, v))
-            mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
-            with cudnn(on):
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
-            found[f"cuDNN {on}, L {length}"] = sum(int((~x.grad.isfinite()).sum()) for x in (q, k, v))
-    return found
-
-
-def new_lengths() -> dict:
-    """Seconds, forward and backward, of the first calls for lengths never met before: every micro-batch has its own.
-    By rollout.varlen no more than of later ones; cuDNN makes a plan for each, 0.02 to 0.5 s."""
-    found: dict[str, list[float]] = {}
-    for length in (3001, 3011, 3021) if GPU else (65, 67):
-        for on in (True, False):
-            q, k, v = (torch.randn(1, 16, length, 128, device=DEVICE, dtype=HALF, requires_grad=True) for _ in range(3))
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=DEVICE).tril()
-
-            def masked(q=q, k=k, v=v, mask=mask) -> None:
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
-
-            with cudnn(on):
-                found.setdefault(f"mask, cuDNN {on}", []).append(bench.time_of(masked))
-        tensors, ends = sequences([length], [length], 16, 2, 128)
-        found.setdefault("sequences", []).append(bench.time_of(lambda: run(tensors, ends, True)))
-    return found
-
-
-def attention_of_a_row() -> dict:
-    """Forward and backward, ms, of one layer of 3B on a prompt and 8 responses: with a mask, and as sequences."""
-    found = {}
-    for prompt, response in ((1345, 64), (1345, 400), (1345, 1000)) if GPU else ((9, 4),):
-        tensors, ends = sequences([prompt] + [response] * 8, [prompt] + [prompt + response] * 8, 16, 2, 128)
-        line = {}
-        for name, kernel in KERNELS.items():
-            with flash_attn_on(kernel):
-                line[name] = milliseconds(lambda: run(tensors, ends, True), 5)
-        segment = torch.tensor([0] * prompt + [g for g in range(1, 9) for _ in range(response)], device=DEVICE)
-        mask = ((segment == 0) | (segment == segment[:, None])).tril()[None, None]
-        q, k, v = (torch.randn(1, 16, len(segment), 128, device=DEVICE, dtype=HALF, requires_grad=True)
-                   for _ in range(3))
-        line["mask"] = milliseconds(
-            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward(), 5)
-        found[f"{prompt} + 8 x {response}"] = line
-    return found
-
-
-def attention_of_a_step() -> dict:
-    """Of one decode step and one layer of 3B: ms, and difference from fp32, by SDPA with a mask, as without flash-attn,
-    by flash-attn's kernel for caches, and by torch's with seqused_k, which is not used yet."""
-    found = {}
-    for rows, slots in ((64, 1601), (64, 9477), (8, 9477)) if GPU else ((2, 17),):
-        torch.manual_seed(0)
-        q = torch.randn(rows, 2, 8, 128, device=DEVICE, dtype=HALF)
-        k, v = (torch.randn(rows, 2, slots, 128, device=DEVICE, dtype=HALF) for _ in range(2))
-        lengths = torch.randint(slots // 2, slots, (rows,), device=DEVICE)
-        mask = (torch.arange(slots, device=DEVICE) < lengths[:, None])[:, None, None]
-        want = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-        flat, ends = q.flatten(1, 2), torch.arange(rows + 1, device=DEVICE, dtype=torch.int32)
-        pages = [x.transpose(1, 2).contiguous() for x in (k, v)]  # [rows, slots, key heads, D]
-
-        def masked() -> torch.Tensor:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-        def seqused() -> torch.Tensor:
-            return rollout.varlen_attn(flat, *(x.flatten(0, 1) for x in pages), ends, ends * slots, 1,
-                                       slots, seqused_k=lengths.int(), enable_gqa=True)
-
-        def flash() -> torch.Tensor:
-            return rollout.flash_attn_with_kvcache(flat[:, None], *pages, cache_seqlens=lengths.int())
-
-        ways = {"mask": masked}
-        if GPU and rollout.GROUPED:  # (torch 2.11 has no seqused_k)
-            ways["seqused_k"] = seqused
-        if "flash-attn" in KERNELS:
-            ways["flash-attn"] = flash
-        found[f"{rows} rows of {slots}"] = {name: {"ms": milliseconds(way, 20), "differs by": difference(
-            way().reshape(want.shape), want)} for name, way in ways.items()}
-    return found
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-def world(**given) -> bench.Bench:
-    """3B's shapes on a GPU, tiny ones on a CPU; few layers are for what needs no more."""
-    return bench.Bench("3b" if GPU else "tiny", **given)
-
-
-def few_layers(layers: int) -> contextlib.AbstractContextManager:
-    """3B's widths with so many layers of language and of vision, of which the last sees all of the picture."""
-    size = bench.SIZES["3b" if GPU else "tiny"]
-    before = size["text"], size["vision"]
-    size["text"] = size["text"] | {"num_hidden_layers": layers}
-    size["vision"] = size["vision"] | {"depth": layers, "fullatt_block_indexes": [layers - 1]}
-    stack = contextlib.ExitStack()
-    stack.callback(size.update, text=before[0], vision=before[1])
-    return stack
-
-
-def vision_tower() -> dict:
-    """3B's vision tower, two of its 32 blocks, on a picture of 1,280 tokens, forward, ms: transformers' own, a window
-    at a time and with a convolution, and ours; and by how much the features differ (bf16: some 0.01)."""
-    with few_layers(2):
-        model = world(prompts=1).sampler
-    grid = torch.tensor([[1, 64, 80] if GPU else [1, 8, 8]], device=DEVICE)
-    pixels = torch.randn(int(grid.prod()), 1176, device=DEVICE, dtype=HALF)
-
-    @torch.no_grad()
-    def features() -> torch.Tensor:
-        return model.model.visual(pixels, grid_thw=grid).pooler_output
-
-    ours, own = milliseconds(features, 5), features()
-    with transformers_own(model):
-        theirs, wanted = milliseconds(features, 5), features()
-    patches, embedding = pixels.view(-1, 3, 2, 14, 14), model.model.visual.patch_embed.proj
-    convolved = milliseconds(lambda: torch.nn.Conv3d.forward(embedding, patches), 5)
-    return {"ours": ours, "transformers'": theirs, "differ by": difference(own, wanted),
-            "patches as a product": milliseconds(lambda: embedding(patches), 5), "as a convolution": convolved}
-
-
-def toy_world(count: int) -> tuple:
+@cache
+def problems() -> tuple[Processor, list[Record], list[Prompt]]:
     processor = Processor(str(TOY / "model"))
-    records = load_records(str(TOY / "test.parquet"), limit=count)
+    records = load_records(str(TOY / "test.parquet"), limit=16 if GPU else 2)
     return processor, records, [processor.encode(record, "observe") for record in records]
 
 
-def capture() -> dict:
-    """Of the toy's responses, how many are the same where decode steps are captured as CUDA graphs and where they are
-    not: all, and their log-probs differ by nothing that matters. Whether a capture failed, and seconds of each."""
-    processor, records, prompts = toy_world(8)
-    model = rollout.load_policy(str(TOY / "model"), DEVICE, dtype=HALF).eval()
-    real, found = rollout.decode, {}
-    captured = rollout.capture if GPU else (lambda step: step)
-    for temperature in (0.0, 1.0):
-        got = {}
-        for name, graph in (("eager", None), ("captured", captured)):
-            def decode(*args, graph=graph, **given):
-                return real(*args, **given | {"graph": graph})
-
-            def sample() -> list[rollout.Group]:
-                return rollout.sample_groups(model, processor, records, prompts, samples=8,
-                                             temperature=temperature, max_tokens=160, seed=1)
-
-            rollout.decode = decode
-            try:
-                with warnings.catch_warnings(record=True) as said:
-                    warnings.simplefilter("always")
-                    groups = sample()
-                    seconds = bench.time_of(sample)
-            finally:
-                rollout.decode = real
-            got[name] = [sample for group in groups for sample in group.samples], seconds, [
-                str(w.message) for w in said if "CUDA graph" in str(w.message)]
-        pairs = [(a, b) for a, b in zip(got["eager"][0], got["captured"][0]) if a.ids == b.ids]
-        found[f"T {temperature}"] = {
-            "the same": len(pairs), "of": 8 * len(records), "failed": got["captured"][2],
-            "log-probs differ by": max([(a.logprobs - b.logprobs).abs().max().item() for a, b in pairs], default=None),
-            "seconds, eager": got["eager"][1], "captured": got["captured"][1]}
-    return found
+def build(dtype: torch.dtype, layers: int = LAYERS, own: bool = True, **vision) -> PreTrainedModel:
+    """A model of 3B's widths, without a GPU of tiny ones, and random weights. (In its dtype from the start, as policies
+    are: .to(bfloat16) would round the rotary frequencies.) own: with our attention and patch embedding."""
+    processor = problems()[0]
+    text = SIZE["text"] | {"num_hidden_layers": layers, "tie_word_embeddings": True}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl", text_config=text, tie_word_embeddings=True, image_token_id=processor.image_id,
+        vision_config=SIZE["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14} | vision,
+        vision_start_token_id=processor.vision_ids[0], vision_end_token_id=processor.vision_ids[1],
+        video_token_id=processor.vision_ids[-1])
+    torch.manual_seed(0)
+    with DEVICE:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    if own:
+        rollout.use_own_kernels(model)
+    return model
 
 
-def gap() -> dict:
-    """Mean and largest difference of the trainer's log-probs (fp32 weights under autocast) from those of the sampler (a
-    bf16 copy), the toy's and of 3B's widths with two layers: some 0.01 in the mean. Gradients are finite."""
-    processor, records, prompts = toy_world(16)
-    toy = [rollout.load_policy(str(TOY / "model"), DEVICE, dtype=dtype) for dtype in (HALF, torch.float32)]
-    found = {"toy": gap_of(*toy, processor, records, prompts)}
-    with few_layers(2):
-        wide = world(prompts=2, mean=16)
-    return found | {"3B's widths": gap_of(wide.sampler, wide.model, wide.processor, wide.records, wide.prompts)}
+def policies() -> Iterator[tuple[str, PreTrainedModel, PreTrainedModel]]:
+    """The toy, then 3B's widths in 2 layers of random weights: what samples, and the fp32 weights that are trained."""
+    toy = str(TOY / "model")
+    yield "toy", rollout.load_policy(toy, DEVICE, dtype=HALF), rollout.load_policy(toy, DEVICE)
+    sampler, trained = (build(dtype, 2, depth=2, fullatt_block_indexes=[1]) for dtype in (HALF, torch.float32))
+    sampler.load_state_dict(trained.state_dict())
+    yield "3B's widths" if GPU else "tiny", sampler, trained
 
 
-def gap_of(sampler, trainer, processor: Processor, records: list, prompts: list) -> dict:
-    groups = rollout.sample_groups(sampler, processor, records, prompts, samples=8, temperature=1.0, max_tokens=64,
-                                   seed=1)
-    rows = [Packed(group.prompt, [sample.ids for sample in group.samples]) for group in groups]
-    trainer.train()
-    logp, _, mask = rollout.response_logprobs(trainer, processor, rows, 1.0)
-    (logp[mask].mean()).backward()
-    sampled = pad_sequence([s.logprobs for g in groups for s in g.samples], batch_first=True).to(DEVICE)
-    apart = (logp.detach() - sampled).abs()[mask]
-    finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in trainer.parameters())
-    trainer.zero_grad()
-    if not finite:
-        raise FloatingPointError("gradients are not finite")
-    return {"mean": apart.mean().item(), "largest": apart.max().item(), "tokens": int(mask.sum())}
+def sampled(model: PreTrainedModel, temperature: float) -> list[rollout.Group]:
+    return rollout.sample_groups(model, *problems(), samples=8, temperature=temperature, seed=1,
+                                 max_tokens=160 if GPU else 40)
 
 
-def decode_share() -> dict:
-    """Milliseconds of a decode step of 3B, 64 rows of some 1,700 tokens, and what share of it reading weights and cache
-    would take: vLLM's is 0.65 to 0.7 (8B, A100). Expected 7 to 8 ms on an H100."""
-    some = world(mean=200) if GPU else world(prompts=2, mean=8)
-    some.ours_rollout()  # (warms up)
-    prefill, whole = bench.time_of(lambda: bench.decode_nothing(some)), bench.time_of(some.ours_rollout)
-    floor = bench.floor_seconds(some, bench.bandwidth(DEVICE))
-    return {"ms a step": 1000 * (whole - prefill) / max(some.flat), "of the floor": floor / (whole - prefill),
-            "rows": len(some.flat), "steps": max(some.flat), "prefill, s": prefill}
+# --- the checks -------------------------------------------------------------------------------------------------------
+
+def environment() -> Found:
+    """Versions, card, memory, and what it can do. Expected: cuDNN's attention off; an H100 copies some 3,000 GB/s and
+    an H200 4,300, read and written, and both multiply 800 TFLOP/s in bf16."""
+    for package in ("torch", "transformers", "accelerate", "flash-attn", "trl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
+    yield "python, cuda, cudnn", [sys.version.split()[0], torch.version.cuda, torch.backends.cudnn.version()]
+    yield "cores", os.cpu_count()
+    yield "cuDNN attention on", torch.backends.cuda.cudnn_sdp_enabled()
+    yield "order of SDPA", str(torch._C._get_sdp_priority_order())
+    yield "device", torch.cuda.get_device_name() if GPU else NEEDS
+    yield "GB free, in all", [n / 1e9 for n in torch.cuda.mem_get_info()] if GPU else NEEDS
+    data = torch.zeros(2**28 if GPU else 2**22, device=DEVICE)
+    there, matrix = torch.empty_like(data), normal(*[8192 if GPU else 256] * 2, dtype=torch.bfloat16).detach()
+    yield "copy GB/s", 2 * data.nbytes / ms(lambda: there.copy_(data)) / 1e6
+    yield "bf16 TFLOP/s", 2 * len(matrix)**3 / ms(lambda: matrix @ matrix) / 1e9
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-class Layer:
-    """Of transformers' cache, after a prefill."""
-
-    def __init__(self, *shape: int):
-        self.keys, self.values = (torch.zeros(*shape, device=DEVICE, dtype=HALF) for _ in range(2))
-
-
-def memory_of_sampling() -> dict:
-    """GB of the cache at the 3b preset's limits, 64 rows of 17,408 slots: 41.1, little more reserved than taken, and no
-    more when it grows or loses rows."""
-    prompt, response, layers = (9216, 8192, 36) if GPU else (16, 64, 2)
-    empty()
-    slots = Slots([Layer(8, 2, prompt, 128) for _ in range(layers)], torch.zeros(8, dtype=torch.long, device=DEVICE), 8,
-                  HALF, response)
-    while slots.size < prompt + response:
-        slots.size += min(256, prompt + response - slots.size)
-        rows = max(8, int(0.95 * len(slots.lengths)))
-        slots.select(torch.arange(rows, device=DEVICE))
-    return gigabytes() | {"retries": torch.cuda.memory_stats()["num_alloc_retries"] if GPU else 0}
+def kernels() -> Found:
+    """rollout.varlen against fp64 by hand, relative errors of the output and of each gradient, for torch's kernel and,
+    where it is installed, flash-attn's. Expected: 2e-3 to 6e-3 in bf16; 1e-2 or more is a fault. (fp32: 1e-6.)"""
+    windows = [64] * 8 + [32, 16, 700]  # (the last as a layer that sees the whole picture)
+    for flash in (False, True) if rollout.is_flash_attn_2_available() else (False,):
+        with patch.object(rollout, "is_flash_attn_2_available", return_value=flash):
+            name = "flash-attn" if flash else "torch"
+            yield f"{name}, prompt and responses", kernel_errors(
+                HEADS, KEY_HEADS, WIDTH, True, [321, 5, 64, 1, 400], [321, 326, 385, 322, 721])
+            yield f"{name}, windows", kernel_errors(16, 16, 80, False, windows, windows)
 
 
-def memory_of_an_update() -> dict:
-    """GB of an update of 3B at the preset's limits, a prompt all picture, of 9,216 tokens, and a response of 8,192: 60
-    of weights, gradients and moments, and activations beside them. (The sampler's copy of the weights is not here.)"""
-    if GPU and torch.cuda.get_device_properties(0).total_memory < 100e9:
-        return {"needs": "141 GB"}
-    empty()
-    some = world(prompts=1, group=2, visual=9216 if GPU else 16, mean=3200 if GPU else 8)
-    if GPU:
-        some.sampler = None
-    some.group, some.lengths = 1, [[8192 if GPU else 16]]
-    groups = some.given_groups()
-    found: dict = {}
-    for step in range(2):  # (the moments are made by the first)
-        empty()
-        seconds = bench.time_of(lambda: some.update(groups, some.optimizer, lr=1e-6))
-        found[f"step {step}"] = gigabytes() | {"seconds": seconds}
-    return found
+def kernel_errors(heads: int, key_heads: int, width: int, causal: bool, queries: list[int], keys: list[int]) -> dict:
+    torch.manual_seed(0)
+    given = normal(sum(queries), heads, width), *(normal(sum(keys), key_heads, width) for _ in "kv")
+    ends = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (queries, keys))
+    out = rollout.varlen(*given, *ends, max(queries), max(keys), width**-0.5, causal)
+    grad = torch.randn_like(out)
+    exact, parts = [x.detach().double().requires_grad_() for x in given], []
+    for q, k, v in zip(*(x.split(n) for x, n in zip(exact, (queries, keys, keys)))):
+        k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
+        hidden = q.new_ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1) & causal
+        scores = torch.einsum("qhd,khd->hqk", q, k) * width**-0.5
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    wanted = torch.cat(parts)
+    found = out, *torch.autograd.grad(out, given, grad)
+    right = wanted, *torch.autograd.grad(wanted, exact, grad.double())
+    return dict(zip(("out", "q", "k", "v"), map(error, found, right)))
 
 
-CHECKS = (environment, kernels, cudnn_nan, new_lengths, attention_of_a_row, attention_of_a_step, capture, vision_tower,
-          gap, memory_of_sampling, decode_share, memory_of_an_update)
+def cudnn_nan() -> Found:
+    """Gradients of q that are not finite, where all scores are -120 and a mask is given (pytorch issue 196678).
+    Expected: with cuDNN, 704 tokens, 64 over a multiple of 128: all 45,056; at 640, and without it, none."""
+    for name in ("off", "on"):
+        torch.backends.cuda.enable_cudnn_sdp(name == "on")
+        for length in (704, 640):
+            torch.manual_seed(0)
+            q, k, v = (normal(1, 1, length, 64, dtype=torch.bfloat16) for _ in "qkv")
+            with torch.no_grad():
+                q *= 0.1
+                k *= 0.1
+                q[..., 0], k[..., 0] = 1, -120 * 8
+            mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            grad = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))[0]
+            yield f"cuDNN {name}, {length} tokens", (~grad.isfinite()).sum().item()
 
 
-def main() -> None:
+def row_ways(prompt: int, response: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Attention of a prompt and 8 responses in a row, one layer of 3B, forward and backward -> what comes out."""
+    own, length = torch.arange(prompt), prompt + 8 * response
+    responses = torch.arange(prompt, length).split(response)
+    sequences = rollout.Sequences.of(
+        [(own, own), *((places, torch.cat([own, places])) for places in responses)], DEVICE)
+    segment = torch.tensor([0] * prompt + [g for g in range(1, 9) for _ in range(response)], device=DEVICE)
+    mask = ((segment == 0) | (segment == segment[:, None])).tril()[None, None]
+    q, k, v = (normal(1, heads, length, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+
+    def ours() -> torch.Tensor:
+        out, _ = rollout.attention(SimpleNamespace(scaling=WIDTH**-0.5), q, k, v, sequences=sequences)
+        torch.autograd.grad(out, (q, k, v), out.detach())
+        return out
+
+    def masked(cudnn: bool) -> torch.Tensor:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        keys, values = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2)
+        torch.autograd.grad(out, (q, k, v), out.detach())
+        return out
+
+    return {"ours": ours, "mask": partial(masked, False), "mask, cuDNN": partial(masked, True)}
+
+
+def new_shapes() -> Found:
+    """Seconds of the first forward and backward at lengths not met before; the longest comes first, which also loads
+    the kernels and takes the memory. Expected: cuDNN 0.02 to 0.5 at each, the others some ms."""
+    for name in ("ours", "mask", "mask, cuDNN"):
+        prompts = (1400, 1301, 1313, 1327, 1345) if GPU else (9, 7)
+        yield name, [seconds(row_ways(prompt, 200 if GPU else 3)[name]) for prompt in prompts]
+
+
+def packed_attention() -> Found:
+    """One layer of 3B, a prompt and 8 responses in a row: ms forward and backward, and relative difference. Expected:
+    ours twice as fast as a mask or more (at 8 x 400 it computes a third of the pairs), different by 5e-3."""
+    for prompt, response in ((1345, 64), (1345, 400), (1345, 1000)) if GPU else ((9, 4),):
+        ways = row_ways(prompt, response)
+        for name, way in ways.items():
+            yield f"{name}, {prompt} + 8 x {response}", {"ms": ms(way, 5), "from ours": error(way(), ways["ours"]())}
+
+
+@torch.no_grad()
+def decode_attention() -> Found:
+    """ms of a step's attention, 36 layers, captured, and its error. Expected: 64 rows of 1,745 slots are 4.1 GB, 1.4 ms
+    of an H100. What SDPA (ours without flash-attn) takes beyond that is the mask, and that a row's key head is one
+    block of threads: the more, the fewer and longer the rows. seqused_k has neither."""
+    for name in ("SDPA", "flash-attn", "SDPA, cuDNN", "seqused_k"):
+        torch.backends.cuda.enable_cudnn_sdp("cuDNN" in name)
+        for rows, slots in ((64, 1745), (64, 9477), (8, 9477)) if GPU else ((2, 17),):  # (all beyond the caches)
+            ways, found = cache_ways(rows, slots), {"needs": f"a GPU with {name}"}
+            if way := ways.get(name):
+                found = {"error": error(way(), ways["fp32"]())}
+                found["ms"] = ms(CAPTURE(lambda way=way: [way() for _ in range(LAYERS)]))
+            yield f"{name}, {rows} rows of {slots}", found
+
+
+def cache_ways(rows: int, slots: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Attention to one layer's cache as Slots has it: longer than what is in use, each row filled as far as it is."""
+    whole, shared = slots + 255, HEADS // KEY_HEADS
+    q, k, v = (normal(rows, KEY_HEADS, n, WIDTH).detach() for n in (shared, whole, whole))
+    lengths = torch.randint(slots // 2, slots, (rows,), device=DEVICE, dtype=torch.int32)
+    mask = (torch.arange(slots, device=DEVICE) < lengths[:, None])[:, None, None]
+    used = [x[:, :, :slots] for x in (k, v)]
+    ways = {"fp32": lambda: F.scaled_dot_product_attention(q.float(), used[0].float(), used[1].float(), mask)}
+    ways["SDPA"] = ways["SDPA, cuDNN"] = partial(F.scaled_dot_product_attention, q, *used, mask)
+    if GPU and rollout.is_flash_attn_2_available():
+        ways["flash-attn"] = partial(rollout.flash_attn_with_kvcache, q.flatten(1, 2)[:, None],
+                                     *(x.transpose(1, 2) for x in used), cache_seqlens=lengths)
+    if GPU:  # a row's key head is a sequence: the cache is taken as it lies
+        ends = torch.arange(rows * KEY_HEADS + 1, device=DEVICE, dtype=torch.int32)
+        flash = partial(torch.ops.aten._flash_attention_forward, q.flatten(0, 1),
+                        *(x.flatten(0, 2)[:, None] for x in (k, v)), ends, ends * whole, 1, slots, 0.0, False, False,
+                        seqused_k=lengths.repeat_interleave(KEY_HEADS))
+        ways["seqused_k"] = lambda: flash()[0]
+    return ways
+
+
+@torch.no_grad()
+def vision_tower() -> Found:
+    """3B's, on a picture of 1,280 tokens: ms forward, and of the patch embedding alone; the features' difference from
+    fp32. Expected: ours faster (transformers' own makes an SDPA call a window, 2,244 in all), both some 1e-2 from fp32;
+    the convolution takes anything from a ms to seconds."""
+    model, (height, width) = build(HALF, 1, own=False), (64, 80) if GPU else (8, 8)
+    tower, grid = model.model.visual, torch.tensor([[1, height, width]], device=DEVICE)
+    pixels, features = normal(height * width, 3 * 2 * 14 * 14).detach(), {}
+    for name in ("transformers' own", "ours", "fp32"):
+        if name == "ours":
+            rollout.use_own_kernels(model)
+        elif name == "fp32":
+            model.float()
+        given = pixels.to(model.dtype)
+        features[name] = tower(given, grid).pooler_output
+        yield name, {"ms": ms(partial(tower, given, grid), 3), "embedding": ms(partial(tower.patch_embed, given))}
+    yield "from fp32", {name: error(found, features["fp32"]) for name, found in features.items()}
+
+
+def capture() -> Found:
+    """A step captured as a CUDA graph, and the same step one by one, batch by batch alike. Expected: all responses the
+    same, their log-probs to 1e-3, no graph that failed; captured twice as fast or more, on models as small as these."""
+    for name, sampler, _ in policies():
+        for temperature in (0.0, 1.0):
+            one_by_one, slow, _ = decoded(sampler, temperature, lambda step: step)
+            captured, fast, faults = decoded(sampler, temperature, CAPTURE)
+            same = [(a.logprobs - b.logprobs).abs().max().item() for a, b in zip(one_by_one, captured, strict=True)
+                    if a.ids == b.ids]
+            yield f"{name}, temperature {temperature}", {
+                "same": len(same) / len(captured), "log-probs of the same differ by": max(same, default=None),
+                "seconds, one by one": slow, "seconds, captured": fast, "graphs that failed": faults}
+
+
+def decoded(model: PreTrainedModel, temperature: float, graph: Callable) -> tuple[list[rollout.Sample], float, list]:
+    """Samples of rollout.decode with this `graph`, seconds of a second time, what was said of graphs that failed."""
+    real = rollout.decode
+
+    @wraps(real)  # (transformers reads its signature)
+    def decode(*args, **given):
+        return real(*args, **given | {"graph": graph})
+
+    with patch.object(rollout, "decode", decode), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        groups = sampled(model, temperature)
+        took = seconds(partial(sampled, model, temperature))
+    faults = [str(w.message)[:300] for w in said if "CUDA graph" in str(w.message)]
+    return [sample for group in groups for sample in group.samples], took, faults
+
+
+def gap() -> Found:
+    """|Difference| of log-probs between what samples (bf16) and what is trained (fp32 weights, autocast), and of both
+    from fp32 throughout, mean and most. Expected: means of 1e-3 to 1e-2, each as far from fp32 as from the other; above
+    0.05 the ratio of new to old policy would be noise. All gradients finite."""
+    for name, sampler, trained in policies():
+        groups = sampled(sampler, 1.0)
+        rows = [rollout.Packed(group.prompt, [sample.ids for sample in group.samples]) for group in groups]
+        score = partial(rollout.response_logprobs, trained.train(), problems()[0], rows, 1.0)
+        taken = pad_sequence([s.logprobs for group in groups for s in group.samples], batch_first=True).to(DEVICE)
+        logp, _, mask = score()
+        (logp.sum() / mask.sum()).backward()
+        with torch.no_grad(), patch.object(rollout, "autocast", lambda model: contextlib.nullcontext()):
+            exact = score()[0]
+        for pair, a, b in (("sampler, trainer", taken, logp), ("sampler, fp32", taken, exact),
+                           ("trainer, fp32", logp, exact)):
+            apart = (a - b).abs()[mask]
+            yield f"{name}: {pair}", {"mean": apart.mean().item(), "most": apart.max().item()}
+        finite = [p.grad.isfinite().all().item() for p in trained.parameters() if p.grad is not None]
+        yield f"{name}: gradients, finite", [len(finite), sum(finite)]
+
+
+def floor() -> Found:
+    """A captured decode step of 3B at 64 rows of 1,745 slots, and its share of what reading weights and cache once
+    takes; the same of a rollout whose responses end. Expected: 7 to 8 ms on an H100, 6 on an H200, of which drawing
+    below 0.5; a share of 0.4 to 0.5 (vLLM's own class of engines reaches 0.65 to 0.7)."""
+    world, rate = bench.Bench("3b" if GPU else "tiny"), bench.bandwidth(DEVICE)
+    few, many = (272, 528) if GPU else (8, 24)  # (between these, after 1,345 tokens of prompt, 1,745 slots are filled)
+
+    def sample(tokens: int) -> None:
+        rollout.sample_groups(world.sampler, world.processor, world.records, world.prompts, samples=8, temperature=1.0,
+                              max_tokens=tokens, seed=0, max_rows=64)
+
+    sample(few)
+    prefill, short, long = (min(seconds(partial(sample, n)) for _ in range(2)) for n in (1, few, many))
+    text = world.sampler.config.text_config
+    weights = sum(p.nbytes for p in world.sampler.model.language_model.parameters())  # (tied with the head)
+    slots = statistics.mean(len(prompt.ids) for prompt in world.prompts) + (few + many) / 2
+    cached = 8 * len(world.prompts) * slots * LAYERS * 2 * KEY_HEADS * WIDTH * HALF.itemsize
+    step, least = (long - short) / (many - few), (weights + cached) / rate
+    yield "step", {"ms": 1e3 * step, "share of the floor": least / step, "slots": slots, "GB/s": rate / 1e9,
+                   "GB of weights": weights / 1e9, "GB of cache": cached / 1e9}
+    logits, excluded = normal(64, text.vocab_size).detach(), torch.tensor(world.processor.vision_ids, device=DEVICE)
+    uniform = torch.rand(64, 1, device=DEVICE, dtype=torch.float64)
+    yield "ms to draw", ms(lambda: rollout.draw(rollout.log_distribution(logits, 1.0, excluded), uniform))
+    whole = seconds(world.ours_rollout) - prefill
+    yield "rollout", {"prefill seconds": prefill, "decode seconds": whole,
+                      "share of the floor": bench.floor_seconds(world, rate) / whole}
+
+
+@torch.no_grad()
+def memory_of_sampling() -> Found:
+    """3B's cache at the preset's limits, 9,216 tokens and 8,192 more, of as many rows as rows_that_fit allows: 0.64 GB
+    each. Expected: as much reserved as allocated, no retries; when rows leave, half a GB more for a moment."""
+    model = build(HALF).eval()
+    text, fit = model.model.language_model, rollout.rows_that_fit(model, PROMPT + RESPONSE)
+    prompts = min(256 if GPU else 16, fit) // 8
+    keys_values = ([normal(prompts, KEY_HEADS, PROMPT, WIDTH).detach() for _ in "kv"] for _ in range(LAYERS))
+    layers = [SimpleNamespace(keys=keys, values=values) for keys, values in keys_values]
+    slots = rollout.Slots(layers, torch.zeros(prompts, dtype=torch.long, device=DEVICE), 8, HALF, RESPONSE)
+    slots.size += RESPONSE
+    slots.lengths += RESPONSE - 1  # (one is left, for the step)
+
+    def step() -> None:
+        ids = torch.full((len(slots.lengths), 1), 100, device=DEVICE)
+        text(inputs_embeds=text.embed_tokens(ids), attention_mask=slots.mask(), slots=slots, use_cache=False,
+             position_ids=slots.lengths.expand(3, -1)[..., None])
+
+    yield "rows that fit", fit
+    yield "all rows", {"rows": 8 * prompts, "ms of a step, not captured": ms(step, 3), **peaks()}
+    slots.select(torch.arange(0, 8 * prompts, 2, device=DEVICE))
+    yield "half of them", {"ms of a step, not captured": ms(step, 3), **peaks()}
+
+
+def memory_of_update() -> Found:
+    """Two steps of 3B (AdamW's moments come with the first) on the longest row of its preset: a prompt that is all
+    picture, 9,216 tokens, and a response of 8,192. Expected: 60 GB of weights, gradients and moments, 20 to 30 beside
+    them, no retries, some 3 seconds. Below 100 GB of memory it is tried with half of the layers."""
+    whole = not GPU or torch.cuda.get_device_properties(0).total_memory > 100e9
+    if not whole:
+        yield "all layers", {"needs": "141 GB"}
+    model, processor = build(torch.float32, LAYERS if whole else LAYERS // 2).train(), problems()[0]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=GPU)
+    (start, end), side = processor.vision_ids[:2], 2 * math.isqrt(PROMPT)  # (a token is 2 x 2 patches)
+    picture = Prompt(torch.tensor([start, *[processor.image_id] * PROMPT, end]), torch.randn(side**2, 3 * 2 * 14 * 14),
+                     torch.tensor([[1, side, side]]))
+    rows = [rollout.Packed(picture, [[100 + i % 200 for i in range(RESPONSE)]])]
+
+    def step() -> None:
+        rollout.response_logprobs(model, processor, rows, 1.0)[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    yield "layers", model.config.text_config.num_hidden_layers
+    yield "GB of weights, gradients, moments", 16 * sum(p.numel() for p in model.parameters()) / 1e9
+    for number in (1, 2):
+        yield f"step {number}", {"seconds": seconds(step), **peaks()}
+
+
+CHECKS = (environment, kernels, cudnn_nan, new_shapes, packed_attention, decode_attention, vision_tower, capture, gap,
+          floor, memory_of_sampling, memory_of_update)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+def line_of(check: Callable[[], Found]) -> dict:
+    """What the check found, and what it failed of, if it did."""
+    start, found = time.monotonic(), {}
+    line = {"check": check.__name__, "found": found}
+    rollout.claim_device()  # (turns off what the check before may have turned on)
+    try:
+        for name, value in check():
+            found[name] = value
+    except Exception as fault:
+        line |= {"failed": repr(fault)[:500], "where": traceback.format_exc()[-1500:]}
+    return line | {"seconds": time.monotonic() - start}
+
+
+def main(args: list[str] | None = None) -> None:
+    names = [check.__name__ for check in CHECKS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="add the lines to this file, too")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no check is begun")
-    parser.add_argument("--only", help="names of checks, with commas: " + ", ".join(c.__name__ for c in CHECKS))
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    rollout.claim_device()
-    begun, failed = time.monotonic(), False
-    for check in CHECKS:
-        if args.only and check.__name__ not in args.only.split(","):
-            continue
-        line: dict = {"check": check.__name__}
-        start = time.monotonic()
-        if start - begun > args.budget:
-            line["left out"] = "no time"
-        else:
-            try:
-                line["found"] = check()
-            except Exception as error:  # (each is to be tried, whatever became of those before)
-                failed = True
-                line |= {"failed": repr(error)[:500], "where": traceback.format_exc()[-1500:]}
-            line["seconds"] = round(time.monotonic() - start, 1)
-        print(json.dumps(line), flush=True)
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        empty()
+    parser.add_argument("--out", type=Path, help="add the lines to this file too, as they come")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no check begins")
+    parser.add_argument("--only", default=",".join(names), help="checks, by name, with commas between them")
+    parser.add_argument("--failed", action="store_true", help=argparse.SUPPRESS)  # (one has, in the process before)
+    given = parser.parse_args(args)
+    chosen, end, failed = given.only.split(","), time.monotonic() + given.budget, given.failed
+    if unknown := set(chosen) - set(names):
+        parser.error(f"no check is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    rollout.start_processes()
+    for name in (left := [name for name in names if name in chosen]).copy():
+        left.remove(name)
+        late = time.monotonic() >= end
+        line = {"check": name, "left out": "no time"} if late else line_of(CHECKS[names.index(name)])
+        digits = json.loads(json.dumps(line, default=str), parse_float=lambda text: float(f"{float(text):.4g}"))
+        print(json.dumps(digits), flush=True)
+        if given.out:
+            with open(given.out, "a") as file:
+                file.write(json.dumps(digits) + "\n")
+        failed |= "failed" in line
+        try:
+            reset()
+        except RuntimeError:  # a fault that ends all that a process can do with the device: the rest in another
+            rest = ["--failed", "--only", ",".join(left), "--budget", str(end - time.monotonic())]
+            rest += ["--out", str(given.out)] if given.out else []
+            os.execv(sys.executable, [sys.executable, __file__, *rest]) if left else sys.exit(1)
     sys.exit(failed)
 
 
