@@ -105,9 +105,9 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
                   samples: int, temperature: float, max_tokens: int, seed: int, max_rows: int = 256) -> list[Group]:
     """Sample `samples` responses to each of P prompts, at most max_rows rows, but a group, at a time -> P groups.
 
-    On a GPU fewer, where their keys and values, as long as they may become, would not fit. A response depends on seed,
-    record id and its number in the group, and on nothing that is sampled beside it (but for rounding): not on batch,
-    order, max_rows or processes. No global random state is used."""
+    On a GPU fewer, where that would not fit (prompts_that_fit). A response depends on seed, record id and its number in
+    the group, and on nothing that is sampled beside it (but for rounding): not on batch, order, max_rows or processes.
+    No global random state is used."""
     config = generation_config(processor, temperature=temperature, max_tokens=max_tokens)
     was_training, inherited = model.training, model.generation_config
     model.eval()  # in train mode gradient checkpointing silently drops the cache, and the text comes out wrong
@@ -116,8 +116,7 @@ def sample_groups(model: PreTrainedModel, processor: Processor, records: list[Re
     groups = [Group(record, prompt, []) for record, prompt in zip(records, prompts, strict=True)]
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_tokens
-    per_batch = max(1, min(max_rows, rows_that_fit(model, longest)) // samples)
+    per_batch = max(1, min(max_rows // samples, prompts_that_fit(model, prompts, samples, max_tokens)))
     try:
         with autocast(model):
             for start in range(0, len(order), per_batch):
@@ -406,8 +405,8 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
 
     with autocast(model):
         logp, entropy = model.inside(forward) if hasattr(model, "inside") else forward()  # (inside: shard)
-    lengths = torch.tensor([len(r) for row in rows for r in row.responses], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # [N, T]
+    lengths = torch.tensor([len(r) for row in rows for r in row.responses])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)  # [N, T]
     nothing = torch.zeros(mask.shape, device=device)
     return nothing.masked_scatter(mask, logp), nothing.masked_scatter(mask, entropy), mask
 
@@ -494,15 +493,23 @@ def use_own_kernels(model: PreTrainedModel) -> None:
 
 # --- memory and pictures ----------------------------------------------------------------------------------------------
 
-def rows_that_fit(model: PreTrainedModel, slots: int) -> int:
-    """Rows whose keys and values, of `slots` tokens each, take four fifths of the GPU memory that is free."""
-    if model.device.type != "cuda":
+def prompts_that_fit(model: PreTrainedModel, prompts: list[Prompt], samples: int, max_tokens: int) -> int:
+    """Prompts, each like the longest, that four fifths of the GPU memory that is free hold: while they are prefilled,
+    and while `samples` rows of each decode, with keys and values as long as they may become."""
+    if model.device.type != "cuda" or not prompts:
         return sys.maxsize
-    config = model.config.text_config
+    config, size = model.config.text_config, model.dtype.itemsize
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * config.num_key_value_heads * width * model.dtype.itemsize * slots
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * size
+    longest = max(len(prompt.ids) for prompt in prompts)
+    pixels = max((prompt.pixels for prompt in prompts if prompt.pixels is not None), key=len, default=torch.empty(0, 0))
+    # A block holds some four tensors as wide as its widest layer at a time; pixels stay until the rows have ended.
+    text, vision = (4 * size * max(len(weight) for weight in blocks[0].parameters())
+                    for blocks in (model.model.language_model.layers, model.model.visual.blocks))
+    prefill = longest * (token + text) + len(pixels) * vision + 2 * pixels.nbytes
+    decoding = samples * (longest + max_tokens) * token + pixels.nbytes
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # (torch's, of no tensor)
-    return int(0.8 * (torch.cuda.mem_get_info()[0] + unused)) // size
+    return int(0.8 * (torch.cuda.mem_get_info()[0] + unused)) // max(prefill, decoding)
 
 
 def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: str) -> Iterator[list[Prompt]]:

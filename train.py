@@ -28,7 +28,7 @@ and curriculum stand at the head of their own files:
      the policy's very own, nothing is computed, and ratio is 1.
 
 With several processes each takes a share of the prompts and of the weights (rollout.shard), and the run is the same. It
-may be stopped or killed at any moment and goes on with --resume, to the bit: see "checkpoints".
+may be stopped or killed at any moment and goes on with --resume, on a CPU to the bit: see "checkpoints".
 
 Shapes: P prompts, G responses of a group, N rows (responses), T response tokens.
 """
@@ -272,17 +272,18 @@ def main(args: list[str] | None = None) -> None:
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
-    shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:]]
-    coming = encode_ahead(policy.processor, shares, cfg.prompt)
     left = max(0, cfg.max_steps - curriculum.position) if cfg.max_steps else None  # None: all
+    shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:][:left]]
+    coming = encode_ahead(policy.processor, shares, cfg.prompt)  # (prompts, made while the policy is at work)
     for batch in itertools.islice(curriculum, left):
         step = curriculum.position
 
         # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
         clock = [time.perf_counter()]
-        prompts = next(coming)  # (made while the policy was at work on the batch before)
+        prompts = run.signals.unless_asked(partial(next, coming))
         clock.append(time.perf_counter())
-        groups = run.signals.unless_asked(partial(sample, policy, batch.records[rank::world], prompts, step, cfg))
+        groups = None if prompts is None else run.signals.unless_asked(
+            partial(sample, policy, batch.records[rank::world], prompts, step, cfg))
         if groups is None:  # asked to stop: the policy is still what it was after the step before
             curriculum.undo()
             break
@@ -305,6 +306,7 @@ def main(args: list[str] | None = None) -> None:
         # 4. Log.
         clock.append(time.perf_counter())
         run.log_step(step, batch, metrics | stats | system_metrics(responses, clock, device))
+        del prompts, groups  # (or the pictures of three batches would be in memory)
 
         # 5. Save; at the end of a stage, evaluate.
         run.save_if_due(batch)

@@ -7,7 +7,8 @@
 
 One process; the same weights, prompts, dtype and response lengths for all; interleaved, medians after a first round,
 in which peak memory is taken. Each figure is written as it comes; the table is made of them. Beside them stand bounds:
-what no program could beat on this machine's measured bandwidth and products of matrices. The
+what this machine's measured bandwidth and products of matrices allow. The plain way is transformers' own in everything,
+a convolution and the vision tower's windows one by one among it. The
 lengths are drawn ahead from a long-tailed law (log-normal, sigma 0.7, cut at 2.56 times the mean) and forced on every
 sampler, for random weights never end a response by themselves. The plain way repeats rows and pictures for each
 response, pads on the left, and makes all logits at once. TRL's step is its own: prompts, generate, reward, loss,
@@ -27,8 +28,10 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +204,10 @@ class Bench:
         advantages = torch.randn(prompts, self.group, generator=torch.Generator().manual_seed(0))
         rewards = Rewards(zeros, zeros, zeros, zeros, torch.ones(prompts), advantages,
                           torch.ones(prompts, dtype=torch.bool), zeros)
-        train.update(self.policy(optimizer), groups, responses, rewards, [lr], self.cfg)
+        try:
+            train.update(self.policy(optimizer), groups, responses, rewards, [lr], self.cfg)
+        finally:
+            self.model.zero_grad()
 
     def plain_score(self, groups: list[Group]) -> None:
         """The same loss on padded rows, as many at a time as the budget of tokens holds."""
@@ -209,12 +215,14 @@ class Bench:
         rows.sort(key=lambda row: len(row[0].ids) + len(row[1]), reverse=True)
         many = self.padded_rows
         self.model.train()
-        for i in range(0, len(rows), many):
-            prompts, responses = zip(*rows[i:i + many])
-            logp, mask = plain_logprobs(self.model, self.processor, list(prompts), list(responses), 1.0)
-            train.grpo_loss(logp, logp.detach(), torch.ones(len(logp), device=logp.device), mask,
-                            sum(self.flat))[0].backward()
-        self.model.zero_grad()
+        try:
+            for i in range(0, len(rows), many):
+                prompts, responses = zip(*rows[i:i + many])
+                logp, mask = plain_logprobs(self.model, self.processor, list(prompts), list(responses), 1.0)
+                train.grpo_loss(logp, logp.detach(), torch.ones(len(logp), device=logp.device), mask,
+                                sum(self.flat))[0].backward()
+        finally:  # (out of memory, too: what comes next is not to stand on these gradients)
+            self.model.zero_grad()
 
 
 class Nothing(torch.optim.SGD):
@@ -229,8 +237,9 @@ def best_attention() -> str:
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
-    """GRPOTrainer on the same problems; `between` runs after each of its steps -> trainer, seconds by part."""
+def trl_trainer(bench: Bench, size: str, steps: int, between: Callable[[dict], bool]) -> None:
+    """GRPOTrainer on the same problems; `between` is given the seconds by part after each step, and says whether to
+    stop."""
     from datasets import Dataset
     from transformers import Qwen2_5_VLProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -254,9 +263,9 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
         def on_step_begin(self, *args, **_):
             self.start = clock()
 
-        def on_step_end(self, *args, **_):
+        def on_step_end(self, arguments, state, control, **_):
             took["step"].append(clock() - self.start)
-            between()
+            control.should_training_stop |= between(took)
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -280,7 +289,6 @@ def trl_trainer(bench: Bench, size: str, steps: int, between) -> tuple:
 
         model.generate = timed
         trainer.train()
-    return model, took
 
 
 # --- the clock, the memory, the bounds --------------------------------------------------------------------------------
@@ -336,14 +344,15 @@ def width_of(config) -> int:
 
 
 def decode_bounds(bench: Bench, rate: float, speed: float) -> tuple[float, float]:
-    """Seconds that decoding cannot beat: weights and the live rows' cache read once for each step, at `rate` bytes a
-    second; and the same where the step's products, at `speed` operations a second, take longer than its weights."""
+    """Seconds of decoding after the first token: weights and each live row's cache read once for each step, at `rate`
+    bytes a second; and the same where the step's products, at `speed` operations a second, take longer than its
+    weights. (A kernel that reads the prompt once for a group could take less; ours does not.)"""
     text, size = bench.sampler.config.text_config, next(bench.sampler.parameters()).element_size()
     weights = sum(p.numel() for p in bench.sampler.model.language_model.parameters())  # (tied with the head)
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * width_of(text) * size
     prompts = [len(p.ids) for p in bench.prompts for _ in range(bench.group)]
     memory = both = 0.0
-    for step in range(max(bench.flat)):
+    for step in range(1, max(bench.flat)):
         live = [p + step for p, n in zip(prompts, bench.flat) if n > step]
         cache = token * sum(live) / rate
         memory += weights * size / rate + cache
@@ -361,7 +370,8 @@ def update_flops(bench: Bench, ours: bool) -> float:
     text, tower = bench.model.config.text_config, bench.model.model.visual
     layers = sum(p.numel() for layer in bench.model.model.language_model.layers for p in layer.parameters())
     a_pair = 4 * text.num_attention_heads * width_of(text) * text.num_hidden_layers  # (of a query and a key)
-    vision = sum(p.numel() for p in tower.parameters())
+    merger = sum(p.numel() for p in tower.merger.parameters())  # (of which a token is four patches)
+    vision = sum(p.numel() for p in tower.parameters()) - 0.75 * merger
     total = 0.0
     for prompt, lengths in zip(bench.prompts, bench.lengths):
         p, repeats = len(prompt.ids), 1 if ours else bench.group
@@ -372,6 +382,10 @@ def update_flops(bench: Bench, ours: bool) -> float:
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
 
 class Figures:
     """Where figures go, each as it comes: a line of JSON on standard error and, flushed, in a file."""
@@ -390,20 +404,36 @@ class Figures:
     def late(self) -> bool:
         return time.monotonic() > self.end
 
-    def once(self, ways: dict[str, Callable[[], Any]], part: str, measure: Callable = time_of, unit: str = "seconds",
-             ) -> None:
-        """Each way once. One for which memory is not enough is said so and leaves; none begins beyond the budget."""
-        for name, work in list(ways.items()):
-            if self.late:
-                self.write(part=part, way=name, left_out="no time")
-                continue
-            try:
-                self.write(part=part, way=name, **{unit: measure(work)})
-            except torch.OutOfMemoryError:
-                del ways[name]
-                self.write(part=part, way=name, left_out="out of memory")
+    def tried(self, part: str, way: str, work: Callable[[], Any]) -> bool:
+        """Whether the work was done: none begins beyond the budget, and memory may not be enough, which is written."""
+        if self.late:
+            self.write(part=part, way=way, left_out="no time")
+            return False
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                work()
+            for warning in said:
+                if "CUDA graph" in str(warning.message):  # (decode went on without one)
+                    self.write(part=part, way=way, warning=str(warning.message)[:300])
+            return True
+        except Exception as error:  # (on a CPU, in cuBLAS and cuDNN, it is a RuntimeError like any other)
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "alloc" not in str(error).lower():
+                raise
+            self.write(part=part, way=way, left_out="out of memory")
+            return False
+        finally:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def once(self, ways: dict[str, Callable[[], Any]], part: str, measure: Callable = time_of, unit: str = "seconds",
+             ) -> None:
+        """Each way once. One for which memory is not enough leaves."""
+        for name, work in list(ways.items()):
+            def figure(name=name, work=work) -> None:
+                self.write(part=part, way=name, **{unit: measure(work)})
+
+            if not self.tried(part, name, figure) and not self.late:
+                del ways[name]
 
     def times(self, part: str) -> dict[str, list[float]]:
         """Seconds by way."""
@@ -420,12 +450,10 @@ class Figures:
 def compare(size: str, repeats: int, figures: Figures, with_trl: bool) -> None:
     """Rollout, update and step, ours beside the plain way and TRL's; then the table."""
     bench = Bench(size)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     tokens = sum(bench.flat)
-    figures.write(size=size, device=device, torch=torch.__version__, transformers=transformers.__version__,
-                  python=platform.python_version(), parameters=sum(p.numel() for p in bench.model.parameters()),
-                  prompts=len(bench.prompts), prompt_tokens=len(bench.prompts[0].ids), group=bench.group,
-                  mean_response=tokens / len(bench.flat), longest_response=max(bench.flat))
+    figures.write(part=size, parameters=sum(p.numel() for p in bench.model.parameters()), prompts=len(bench.prompts),
+                  prompt_tokens=len(bench.prompts[0].ids), group=bench.group, mean_response=tokens / len(bench.flat),
+                  longest_response=max(bench.flat))
     rate, speed = bandwidth(bench.device), flops(bench.device)
     memory, both = decode_bounds(bench, rate, speed)
     work = {ours: update_flops(bench, ours) for ours in (True, False)}
@@ -443,7 +471,7 @@ def compare(size: str, repeats: int, figures: Figures, with_trl: bool) -> None:
         compare_trl(bench, size, repeats, figures, {"step, ours": bench.ours_step} if "step, ours" in ways else {})
     print(f"\n{size}: {sum(p.numel() for p in bench.model.parameters()) / 1e6:.0f}M parameters, {len(bench.prompts)} "
           f"prompts of {len(bench.prompts[0].ids)} tokens x {bench.group} responses of {tokens / len(bench.flat):.0f} "
-          f"(2 to {max(bench.flat)}); {device}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+          f"(2 to {max(bench.flat)}); {device()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
     times, peaks = figures.times(size), figures.peaks(size)
     found = {name: statistics.median(seconds) for name, seconds in times.items()}
     print("| | seconds | least, most | peak GiB | tokens / s |\n|---|---|---|---|---|")
@@ -480,14 +508,16 @@ def compare_trl(bench: Bench, size: str, repeats: int, figures: Figures, ways: d
     if importlib.util.find_spec("trl") is None:
         figures.write(part=size, way="step, TRL", left_out="trl is not installed")
         return
-    try:
-        _, took = trl_trainer(bench, size, repeats + 1, lambda: figures.once(ways, size))
-    except torch.OutOfMemoryError:
-        figures.write(part=size, way="step, TRL", left_out="out of memory")
-        return
-    for way, seconds in took.items():
-        for value in seconds[1:]:  # (the first warms up)
-            figures.write(part=size, way=f"{way}, TRL", seconds=value)
+
+    def between(took: dict[str, list[float]]) -> bool:
+        """After each of its steps, of which the first warms up -> whether to stop."""
+        for way in ("rollout", "step"):
+            if len(took[way]) > 1:
+                figures.write(part=size, way=f"{way}, TRL", seconds=took[way][-1])
+        figures.once(ways, size)
+        return figures.late
+
+    figures.tried(size, "step, TRL", lambda: trl_trainer(bench, size, repeats + 1, between))
 
 
 def decode_nothing(bench: Bench) -> None:
@@ -506,20 +536,19 @@ def growth(size: str, repeats: int, figures: Figures) -> None:
         print(f"\n| {title} | {part}, ours, s | plain, s | plain / ours | bound | GiB, ours | plain |"
               "\n|---|---|---|---|---|---|---|")
         for value in values:
-            if not figures.late:
-                growth_row(size, repeats, figures, part, vary, value)
+            name = f"{size}, {part} by {vary}, {value}"
+            figures.tried(name, "all", partial(growth_row, size, repeats, figures, name, part, {vary: value}))
 
 
-def growth_row(size: str, repeats: int, figures: Figures, part: str, vary: str, value: int) -> None:
+def growth_row(size: str, repeats: int, figures: Figures, name: str, part: str, vary: dict[str, int]) -> None:
     """One line of a table of growth; 2 prompts."""
-    bench = Bench(size, prompts=2, **{vary: value})
+    bench = Bench(size, prompts=2, **vary)
     groups, bound = bench.given_groups(), "-"
     if part == "rollout":
         ways = {"ours": bench.ours_rollout, "plain": bench.plain_rollout}
     else:
         ways = {"ours": lambda: bench.ours_score(groups), "plain": lambda: bench.plain_score(groups)}
         bound = f"{update_flops(bench, False) / update_flops(bench, True):.2f}"
-    name = f"{part} by {vary}, {value}"
     figures.once(ways, name, peak, "gib")
     for _ in range(repeats):
         figures.once(ways, name)
@@ -528,7 +557,7 @@ def growth_row(size: str, repeats: int, figures: Figures, part: str, vary: str, 
     ours, plain = (f"{middle[way]:.2f}" if way in middle else "-" for way in ("ours", "plain"))
     ratio = f"{middle['plain'] / middle['ours']:.2f}" if len(middle) == 2 else "-"
     gib = [f"{peaks[way]:.2f}" if way in peaks else "-" for way in ("ours", "plain")]
-    print(f"| {value} | {ours} | {plain} | {ratio} | {bound} | {' | '.join(gib)} |", flush=True)
+    print(f"| {next(iter(vary.values()))} | {ours} | {plain} | {ratio} | {bound} | {' | '.join(gib)} |", flush=True)
 
 
 def main() -> None:
@@ -543,10 +572,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)  # (TRL's; that a capture failed is a warning of another kind, and shown)
     figures = Figures(args.out, args.budget)
+    figures.write(size=args.size, device=device(), torch=torch.__version__, transformers=transformers.__version__,
+                  python=platform.python_version())
     if args.growth:
         growth(args.size, args.repeats, figures)
     else:
-        compare(args.size, args.repeats, figures, not args.no_trl)
+        figures.tried(args.size, "all", partial(compare, args.size, args.repeats, figures, not args.no_trl))
 
 
 if __name__ == "__main__":

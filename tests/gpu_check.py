@@ -388,11 +388,12 @@ def floor() -> Found:
 
 @torch.no_grad()
 def memory_of_sampling() -> Found:
-    """3B's cache at the preset's limits, 9,216 tokens and 8,192 more, of as many rows as rows_that_fit allows: 0.64 GB
+    """3B's cache at the preset's limits, 9,216 tokens and 8,192 more, as many rows as prompts_that_fit allows, 0.64 GB
     each. Expected: as much reserved as allocated, no retries; when rows leave, half a GB more for a moment."""
     model = build(HALF).eval()
-    text, fit = model.model.language_model, rollout.rows_that_fit(model, PROMPT + RESPONSE)
-    prompts = min(256 if GPU else 16, fit) // 8
+    text, longest = model.model.language_model, Prompt(torch.zeros(PROMPT, dtype=torch.long), None, None)
+    fit = rollout.prompts_that_fit(model, [longest], 8, RESPONSE)
+    prompts = min(32 if GPU else 2, fit)
     keys_values = ([normal(prompts, KEY_HEADS, PROMPT, WIDTH).detach() for _ in "kv"] for _ in range(LAYERS))
     layers = [SimpleNamespace(keys=keys, values=values) for keys, values in keys_values]
     slots = rollout.Slots(layers, torch.zeros(prompts, dtype=torch.long, device=DEVICE), 8, HALF, RESPONSE)
@@ -404,7 +405,7 @@ def memory_of_sampling() -> Found:
         text(inputs_embeds=text.embed_tokens(ids), attention_mask=slots.mask(), slots=slots, use_cache=False,
              position_ids=slots.lengths.expand(3, -1)[..., None])
 
-    yield "rows that fit", fit
+    yield "prompts that fit", fit
     yield "all rows", {"rows": 8 * prompts, "ms of a step, not captured": ms(step, 3), **peaks()}
     slots.select(torch.arange(0, 8 * prompts, 2, device=DEVICE))
     yield "half of them", {"ms of a step, not captured": ms(step, 3), **peaks()}
