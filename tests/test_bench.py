@@ -87,7 +87,7 @@ def test_what_ran_out_of_memory_leaves_no_gradients(monkeypatch):
 
 
 def test_the_bounds_by_hand():
-    """Of one prompt and two responses: the layers' weights once a token, the merger's once for four patches, the head on
+    """Of one prompt and two responses: layers' weights once a token, the merger's once for four patches, the head on
     the responses alone, half a square of pairs; three times, for the backward pass is two forward ones. Decode reads
     weights and cache once for each token but the first, which the prefill gives."""
     world = bench.Bench("small", group=2, prompts=1, visual=64, mean=4)
