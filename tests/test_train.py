@@ -9,6 +9,8 @@ import json
 import math
 import re
 import signal
+import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,7 +23,7 @@ from curriculum import Batch
 from data import Processor, Record, load_records, save_records
 from eval import judge, read_responses
 from rewards import Response, Rewards, group_rewards
-from rollout import Packed, Policy, Sample, load_policy, response_logprobs, sample_groups
+from rollout import Packed, Policy, Sample, encode_ahead, load_policy, response_logprobs, sample_groups
 from train import Config, check_config, grpo_loss, learning_rate, main, parse_config, parse_stages, update
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -530,6 +532,52 @@ def test_a_stop_while_sampling_saves_the_step_before(small, whole_run, tmp_path,
     assert signal.getsignal(signal.SIGINT) == before and max(run.glob("checkpoint-0*")).name == "checkpoint-000003"
     main([*small, "--out", str(run), "--resume"])
     assert lines(run) == lines(whole_run)
+
+
+def test_a_stop_reaches_a_wait_for_pictures(small, whole_run, tmp_path, monkeypatch):
+    """128 pictures may take longer than torchrun's 30 seconds: the wait is cut short, and its batch given back."""
+    def stopped_at_four(*args):
+        for i, prompts in enumerate(encode_ahead(*args), 1):
+            if i == 4:
+                signal.raise_signal(signal.SIGTERM)
+                raise AssertionError("the wait went on")
+            yield prompts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "encode_ahead", stopped_at_four)
+        main([*small, "--out", str(tmp_path / "run")])
+    assert max((tmp_path / "run").glob("checkpoint-0*")).name == "checkpoint-000003"
+    main([*small, "--out", str(tmp_path / "run"), "--resume"])
+    assert lines(tmp_path / "run") == lines(whole_run)
+
+
+def test_pictures_of_two_batches_are_in_memory_and_not_of_three(small, tmp_path, monkeypatch):
+    """A batch of 128 pictures of 2.5 MP is 8 GB."""
+    made: list[weakref.ref] = []
+    encode, sample = Processor.encode, train.sample_groups
+    alive: list[int] = []
+
+    def noted(*args):
+        prompt = encode(*args)
+        if threading.current_thread() is not threading.main_thread():
+            made.append(weakref.ref(prompt.ids))
+        return prompt
+
+    def counted(*args, **options):
+        alive.append(sum(ref() is not None for ref in made[first:]))
+        return sample(*args, **options)
+
+    def ahead(*args):
+        nonlocal first
+        first = len(made)  # (before it all problems were checked, in threads too)
+        yield from encode_ahead(*args)
+
+    first = 0
+    monkeypatch.setattr(Processor, "encode", noted)
+    monkeypatch.setattr(train, "sample_groups", counted)
+    monkeypatch.setattr(train, "encode_ahead", ahead)
+    main([*small[:2], *small[4:], "--test", "", "--out", str(tmp_path / "run")])
+    assert len(alive) == 6 and max(alive) <= 8
 
 
 def test_bad_data_stops_before_training_and_says_what_to_do(small, tmp_path, test_set):
