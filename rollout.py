@@ -63,8 +63,7 @@ if is_flash_attn_2_available():
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any other is refused by name
 # Below so many parameters one thread is set on a CPU, unless the user has set some: OpenMP's threads spin while they
-# wait for one that is not running. Five rollouts and updates of the toy, seconds, quiet and beside a busy process, on 2
-# cores: 1 thread 7.5, 8.2; 2 threads 5.8 (at best), 60; 4 threads 6, 69; 2 with GOMP_SPINCOUNT=0 9.1, 8.8.
+# wait for one that is not running. The toy on 2 cores, s, quiet and beside a busy process: 1 thread 7.5, 8.2; 2: 5.8, 60.
 SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 # (from torch 2.12 on it must be told that heads may share a key head)
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -538,11 +537,13 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
     try:
-        family = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
-    if family not in FAMILIES:
-        raise ValueError(f"{path} is a {family!r} model; this code knows {', '.join(FAMILIES)}")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{path} is a {config.model_type!r} model; this code knows {', '.join(FAMILIES)}")
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+        raise ValueError(f"{path}: some of its layers see a sliding window only, which this code does not compute")
     if not QUIET:  # (transformers' own bars are off: it has one for each copy of the toy, too)
         print(f"loading {path}", file=sys.stderr)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -508,6 +510,18 @@ def test_what_is_no_vision_language_model_is_refused_by_name(tmp_path):
     for load in (load_policy, Processor):
         with pytest.raises(ValueError, match="/config.json' is not a valid JSON"):
             load(str(tmp_path))
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    """Whatever mask transformers makes for it, none is used here: the policy would be another than the checkpoint's."""
+    for file in (TOY / "model").iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    config["text_config"].pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sliding window"):
+        load_policy(str(tmp_path))
 
 
 @pytest.fixture
