@@ -63,7 +63,7 @@ if is_flash_attn_2_available():
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # each is tested tiny; any other is refused by name
 # Below so many parameters one thread is set on a CPU, unless the user has set some: OpenMP's threads spin while they
-# wait for one that is not running. The toy on 2 cores, s, quiet and beside a busy process: 1 thread 7.5, 8.2; 2: 5.8, 60.
+# wait for one that is not running. Toy, 2 cores, s, alone and beside a busy process: 1 thread 7.5, 8.2; 2: 5.8, 60.
 SMALL, THREADS = 20_000_000, {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 # (from torch 2.12 on it must be told that heads may share a key head)
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
