@@ -541,8 +541,8 @@ def growth(size: str, repeats: int, figures: Figures) -> None:
 
 
 def growth_row(size: str, repeats: int, figures: Figures, name: str, part: str, vary: dict[str, int]) -> None:
-    """One line of a table of growth; 2 prompts."""
-    bench = Bench(size, prompts=2, **vary)
+    """One line of a table of growth; 2 prompts, but of the longest responses 1."""
+    bench = Bench(size, prompts=1 if vary.get("mean", 0) > 4 * SIZES[size]["mean"] else 2, **vary)
     groups, bound = bench.given_groups(), "-"
     if part == "rollout":
         ways = {"ours": bench.ours_rollout, "plain": bench.plain_rollout}
