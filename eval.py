@@ -49,8 +49,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Made, Picture, Processor, Record, Rows, batches,
-                  file_rows, in_threads, number, open_image, parsed, raise_or_skip, read_any, read_cells, run_program,
-                  stored, verifiable)
+                  file_rows, in_threads, json_list, number, open_image, parsed, raise_or_skip, read_any, read_cells,
+                  run_program, stored, verifiable)
 from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
 from rollout import (Group, encode_ahead, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups,
@@ -841,6 +841,8 @@ def response_rows(file: Path) -> Rows:
                 found = json.loads(file.read_bytes())
         if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
             yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
+        elif found is not None:
+            yield from enumerate(json_list(found, file.stem), 1)
         elif file.suffix in (".csv", ".tsv"):
             rows = read_cells(file, ("index", "prediction"))
             yield from ((line, {"prediction": ""} | row if isinstance(row, dict) else row) for line, row in rows)

@@ -216,8 +216,7 @@ def padded(values: list[list[torch.Tensor]], device: torch.device) -> torch.Tens
 
 
 def pack_group(group: Group, advantages: list[float], kept: list[int], budget: int) -> list[Packed]:
-    """The kept responses of a group, in rows of at most budget tokens, but one response at least; in few rows (the
-    longest first, each where it fits), for each computes the prompt again."""
+    """The kept responses of a group in rows of at most budget tokens, or of one response; few: each has the prompt."""
     rows: list[Packed] = []
     for g in sorted(kept, key=lambda g: len(group.samples[g].ids), reverse=True):
         sample = group.samples[g]
@@ -775,8 +774,7 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
 
 
 def system_metrics(responses: list[list[Response]], clock: list[float], device: torch.device) -> dict[str, float]:
-    """Time-outs, speed and, on a GPU, memory; clock: when waiting for pictures, sampling, judging and updating began,
-    and when they ended."""
+    """Time-outs, speed, a GPU's memory; clock: when waiting for pictures, sampling, judging, updating began; end."""
     tokens, seconds = sum(r.tokens or 0 for group in responses for r in group), clock[-1] - clock[0]
     metrics = {"verifier_timeouts": sum(gather_shares([VERIFIER.timeouts])), "tokens_per_second": tokens / seconds}
     for name, start, end in zip(("pictures", "rollout", "reward", "update"), clock, clock[1:]):

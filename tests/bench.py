@@ -105,6 +105,24 @@ def forced(lengths: dict[str, list[int]], stops: list[int]):
         rollout.uniforms, rollout.draw = real
 
 
+def build(setting: dict, processor: Processor, device: torch.device, dtype: torch.dtype, own: bool = True):
+    """A model of one of SIZES with random weights, with our attention and patch embedding or transformers' own. (In its
+    dtype from the start, as policies are: .to(bfloat16) would round the rotary frequencies.)"""
+    text = dict(setting["text"])
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl", text_config=text | {"tie_word_embeddings": True}, tie_word_embeddings=True,
+        vision_config=setting["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14},
+        image_token_id=processor.image_id, vision_start_token_id=processor.vision_ids[0],
+        vision_end_token_id=processor.vision_ids[1], video_token_id=processor.vision_ids[-1])
+    with device:
+        model = AutoModelForImageTextToText.from_config(
+            config, attn_implementation=None if own else best_attention(), dtype=dtype)
+    if own:
+        rollout.use_own_kernels(model)
+    return model
+
+
 class Bench:
     """A model, a batch of problems, response lengths; and every way to sample, to score and to take a step."""
 
@@ -128,30 +146,15 @@ class Bench:
         drawn = rng.lognormal(np.log(mean) - 0.7**2 / 2, 0.7, (len(self.records), group))
         self.lengths = drawn.round().astype(int).clip(2, self.max_tokens).tolist()
         torch.manual_seed(seed)
-        self.model = self.sampler = self.build(setting, torch.float32)
+        self.model = self.sampler = build(setting, self.processor, self.device, torch.float32)
         if self.device.type == "cuda":  # what samples is a bf16 copy, as in training
-            self.sampler = self.build(setting, torch.bfloat16)
+            self.sampler = build(setting, self.processor, self.device, torch.bfloat16)
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
         rollout.copy_weights(self.policy(self.optimizer))
         self.cfg = Config(group_size=group, prompts_per_rollout=len(self.records), updates_per_rollout=1,
                           max_response_tokens=self.max_tokens,
                           micro_tokens=16384 if self.device.type == "cuda" else 4096)
-
-    def build(self, setting: dict, dtype: torch.dtype, own: bool = True):
-        processor, text = self.processor, dict(setting["text"])
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
-        config = AutoConfig.for_model(
-            "qwen2_5_vl", text_config=text | {"tie_word_embeddings": True}, tie_word_embeddings=True,
-            vision_config=setting["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14},
-            image_token_id=processor.image_id, vision_start_token_id=processor.vision_ids[0],
-            vision_end_token_id=processor.vision_ids[1], video_token_id=processor.vision_ids[-1])
-        with self.device:
-            model = AutoModelForImageTextToText.from_config(
-                config, attn_implementation=None if own else best_attention(), dtype=dtype)
-        if own:
-            rollout.use_own_kernels(model)
-        return model
 
     def policy(self, optimizer: torch.optim.Optimizer) -> Policy:
         return Policy(self.model, self.sampler, None, optimizer, self.processor)
@@ -250,7 +253,7 @@ def trl_trainer(bench: Bench, size: str, steps: int, between: Callable[[dict], b
 
     took: dict[str, list[float]] = defaultdict(list)
     gpu = bench.device.type == "cuda"
-    model = bench.build(SIZES[size], torch.bfloat16 if gpu else torch.float32, own=False)
+    model = build(SIZES[size], bench.processor, bench.device, torch.bfloat16 if gpu else torch.float32, own=False)
     model.load_state_dict(bench.model.state_dict())
     tokenizer = bench.processor.tokenizer
     processor = WithoutVideo(bench.processor.image_processor, tokenizer, None, chat_template=tokenizer.chat_template)

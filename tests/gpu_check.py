@@ -35,8 +35,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import bench
 import torch
 import torch.nn.functional as F
+from plain import plain_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 import rollout
 from data import Processor, Prompt, Record, load_records
@@ -55,24 +56,11 @@ Found = Iterator[tuple[str, Any]]  # what a check finds, by name, as it comes
 
 # --- tools ------------------------------------------------------------------------------------------------------------
 
-def sync() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    sync()
-    start = time.perf_counter()
-    work()
-    sync()
-    return time.perf_counter() - start
-
-
 def ms(work: Callable[[], Any], repeats: int = 10) -> float:
     """The median, after two that warm up."""
     for _ in range(2):
         work()
-    return 1e3 * statistics.median(seconds(work) for _ in range(repeats))
+    return 1e3 * statistics.median(bench.time_of(work) for _ in range(repeats))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -86,7 +74,7 @@ def normal(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
 
 
 def reset() -> None:
-    sync()
+    bench.clock()  # (a fault on the device shows here)
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
@@ -110,22 +98,10 @@ def problems() -> tuple[Processor, list[Record], list[Prompt]]:
 
 
 def build(dtype: torch.dtype, layers: int = LAYERS, own: bool = True, **vision) -> PreTrainedModel:
-    """A model of 3B's widths, without a GPU of tiny ones, and random weights. (In its dtype from the start, as policies
-    are: .to(bfloat16) would round the rotary frequencies.) own: with our attention and patch embedding."""
-    processor = problems()[0]
-    text = SIZE["text"] | {"num_hidden_layers": layers, "tie_word_embeddings": True}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope")}
-    config = AutoConfig.for_model(
-        "qwen2_5_vl", text_config=text, tie_word_embeddings=True, image_token_id=processor.image_id,
-        vision_config=SIZE["vision"] | {"out_hidden_size": text["hidden_size"], "patch_size": 14} | vision,
-        vision_start_token_id=processor.vision_ids[0], vision_end_token_id=processor.vision_ids[1],
-        video_token_id=processor.vision_ids[-1])
+    """A model of 3B's widths, without a GPU of tiny ones."""
     torch.manual_seed(0)
-    with DEVICE:
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    if own:
-        rollout.use_own_kernels(model)
-    return model
+    setting = {"text": SIZE["text"] | {"num_hidden_layers": layers}, "vision": SIZE["vision"] | vision}
+    return bench.build(setting, problems()[0], DEVICE, dtype, own)
 
 
 def policies() -> Iterator[tuple[str, PreTrainedModel, PreTrainedModel]]:
@@ -180,13 +156,8 @@ def kernel_errors(heads: int, key_heads: int, width: int, causal: bool, queries:
     ends = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (queries, keys))
     out = rollout.varlen(*given, *ends, max(queries), max(keys), width**-0.5, causal)
     grad = torch.randn_like(out)
-    exact, parts = [x.detach().double().requires_grad_() for x in given], []
-    for q, k, v in zip(*(x.split(n) for x, n in zip(exact, (queries, keys, keys)))):
-        k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
-        hidden = q.new_ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1) & causal
-        scores = torch.einsum("qhd,khd->hqk", q, k) * width**-0.5
-        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
-    wanted = torch.cat(parts)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    wanted = plain_attention(*exact, queries, keys, width**-0.5, causal)
     found = out, *torch.autograd.grad(out, given, grad)
     right = wanted, *torch.autograd.grad(wanted, exact, grad.double())
     return dict(zip(("out", "q", "k", "v"), map(error, found, right)))
@@ -240,7 +211,7 @@ def new_shapes() -> Found:
     the kernels and takes the memory. Expected: cuDNN 0.02 to 0.5 at each, the others some ms."""
     for name in ("ours", "mask", "mask, cuDNN"):
         prompts = (1400, 1301, 1313, 1327, 1345) if GPU else (9, 7)
-        yield name, [seconds(row_ways(prompt, 200 if GPU else 3)[name]) for prompt in prompts]
+        yield name, [bench.time_of(row_ways(prompt, 200 if GPU else 3)[name]) for prompt in prompts]
 
 
 def packed_attention() -> Found:
@@ -332,7 +303,7 @@ def decoded(model: PreTrainedModel, temperature: float, graph: Callable) -> tupl
     with patch.object(rollout, "decode", decode), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         groups = sampled(model, temperature)
-        took = seconds(partial(sampled, model, temperature))
+        took = bench.time_of(partial(sampled, model, temperature))
     faults = [str(w.message)[:300] for w in said if "CUDA graph" in str(w.message)]
     return [sample for group in groups for sample in group.samples], took, faults
 
@@ -370,7 +341,7 @@ def floor() -> Found:
                               max_tokens=tokens, seed=0, max_rows=64)
 
     sample(few)
-    prefill, short, long = (min(seconds(partial(sample, n)) for _ in range(2)) for n in (1, few, many))
+    prefill, short, long = (min(bench.time_of(partial(sample, n)) for _ in range(2)) for n in (1, few, many))
     text = world.sampler.config.text_config
     weights = sum(p.nbytes for p in world.sampler.model.language_model.parameters())  # (tied with the head)
     slots = statistics.mean(len(prompt.ids) for prompt in world.prompts) + (few + many) / 2
@@ -381,7 +352,7 @@ def floor() -> Found:
     logits, excluded = normal(64, text.vocab_size).detach(), torch.tensor(world.processor.vision_ids, device=DEVICE)
     uniform = torch.rand(64, 1, device=DEVICE, dtype=torch.float64)
     yield "ms to draw", ms(lambda: rollout.draw(rollout.log_distribution(logits, 1.0, excluded), uniform))
-    whole = seconds(world.ours_rollout) - prefill
+    whole = bench.time_of(world.ours_rollout) - prefill
     yield "rollout", {"prefill seconds": prefill, "decode seconds": whole,
                       "share of the floor": bench.floor_seconds(world, rate) / whole}
 
@@ -435,7 +406,7 @@ def memory_of_update() -> Found:
     yield "layers", model.config.text_config.num_hidden_layers
     yield "GB of weights, gradients, moments", 16 * sum(p.numel() for p in model.parameters()) / 1e9
     for number in (1, 2):
-        yield f"step {number}", {"seconds": seconds(step), **peaks()}
+        yield f"step {number}", {"seconds": bench.time_of(step), **peaks()}
 
 
 CHECKS = (environment, kernels, cudnn_nan, new_shapes, packed_attention, decode_attention, vision_tower, capture, gap,

@@ -74,3 +74,17 @@ def plain_logprobs(model: PreTrainedModel, processor: Processor, prompts: list[P
     logp = log_distribution(logits, temperature, torch.tensor(processor.vision_ids, device=model.device))
     mask = torch.arange(steps, device=model.device) < lengths[:, None]
     return logp.gather(-1, inputs["input_ids"][:, -steps:, None])[..., 0] * mask, mask
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths_q: list[int], lengths_k: list[int],
+                    scale: float, causal: bool) -> torch.Tensor:
+    """rollout.varlen by its definition, one sequence after the other: q [n, heads, D], k and v [m, key heads, D]."""
+    out = []
+    for a, b, c in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        b, c = (x.repeat_interleave(a.shape[1] // x.shape[1], 1) for x in (b, c))
+        scores = torch.einsum("qhd,khd->hqk", a, b) * scale
+        if causal:
+            later = torch.ones(len(a), len(b), dtype=torch.bool, device=a.device).triu(len(b) - len(a) + 1)
+            scores = scores.masked_fill(later, -torch.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
+    return torch.cat(out)

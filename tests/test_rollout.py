@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import TOY
 from PIL import Image
-from plain import pad, plain_logprobs, plain_rollout
+from plain import pad, plain_attention, plain_logprobs, plain_rollout
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -110,19 +110,6 @@ def test_packed_rows_have_the_gradients_of_padded_ones(model, processor, mixed, 
         assert (p.grad - want[name]).norm() <= 1e-5 * want[name].norm() + 1e-7, name
 
 
-def dense(q, k, v, lengths_q, lengths_k, scale: float, causal: bool) -> torch.Tensor:
-    """varlen by its definition, in fp64, one sequence after the other."""
-    out = []
-    for a, b, c in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
-        b, c = (x.repeat_interleave(a.shape[1] // x.shape[1], 1) for x in (b, c))
-        scores = torch.einsum("qhd,khd->hqk", a, b) * scale
-        if causal:
-            later = torch.arange(len(b)) > torch.arange(len(a))[:, None] + len(b) - len(a)
-            scores = scores.masked_fill(later, -torch.inf)
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
-    return torch.cat(out)
-
-
 SEQUENCES = {  # lengths of queries, of keys; heads, key heads; causal
     "a prompt, and responses to it, of one token too": ([300, 5, 1, 64], [300, 305, 301, 364], 4, 2, True),
     "a response of several pieces": ([321, 700], [321, 1021], 2, 1, True),
@@ -139,7 +126,7 @@ def test_attention_of_sequences_by_its_definition(lengths_q, lengths_k, heads, k
     *tensors, weights = (torch.randn(*shape, 16, generator=generator, dtype=torch.float64) for shape in shapes)
     tensors = [t.requires_grad_() for t in tensors]
     ends = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths_q, lengths_k)]
-    want = dense(*tensors, lengths_q, lengths_k, 0.3, causal)
+    want = plain_attention(*tensors, lengths_q, lengths_k, 0.3, causal)
     gradients = torch.autograd.grad((want * weights).sum(), tensors)
     got = rollout.varlen(*tensors, *ends, max(lengths_q), max(lengths_k), 0.3, causal)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
