@@ -29,6 +29,7 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import re
 import sys
 from collections import Counter
@@ -240,17 +241,18 @@ class Curriculum:
 
     order: ladder (stages easy to hard) | reverse (stages hard to easy) | sorted (by difficulty, then complexity,
     without mixing: a stage is a level) | random (all shuffled, no stages; the only one for unmeasured data).
-    stages: which stages to take; None for all. Inside a stage of ladder and reverse the shuffle is seeded.
+    stages: which stages to take; None for all. Inside a stage of ladder and reverse the shuffle is seeded. epochs: so
+    often are all of them walked through.
     A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config."""
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
-                 seed: int = 0):
+                 seed: int = 0, epochs: int = 1):
         self.batches: list[Batch] = []
-        for stage, block in blocks_of(records, order, stages):
+        for epoch, (stage, block) in itertools.product(range(epochs), blocks_of(records, order, stages)):
             if order == "sorted":
                 block = sorted(block, key=lambda r: (r.difficulty, r.complexity, r.id))
             else:  # (a stage's shuffle does not depend on which other stages are taken)
-                rng = np.random.default_rng([seed, 0 if stage is None else stage + 1])
+                rng = np.random.default_rng([seed, 0 if stage is None else stage + 1, epoch])
                 block = [block[i] for i in rng.permutation(len(block))]
             parts = np.array_split(np.arange(len(block)), -(-len(block) // batch_size))
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
@@ -264,9 +266,9 @@ class Curriculum:
             self.position += 1
             yield self.batches[self.position - 1]
 
-    def undo(self) -> None:
-        """Give the newest batch back: it was not learned from."""
-        self.position -= 1
+    def undo(self, count: int = 1) -> None:
+        """Give the newest batches back: they were not learned from."""
+        self.position -= count
 
     def digest(self) -> str:
         """Changes with the choice of problems, their order and the batches (their content: eval.data_digest)."""

@@ -31,12 +31,13 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -410,6 +412,21 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
     return nothing.masked_scatter(mask, logp), nothing.masked_scatter(mask, entropy), mask
 
 
+@torch.no_grad()
+def picture_effect(model: PreTrainedModel, processor: Processor, prompt: Prompt, response: list[int],
+                   temperature: float) -> float:
+    """Is the picture seen? Mean |change| of the log-probs of a response's tokens, in nats, when grey pictures of the
+    same size stand in the prompt; 0.0 where it has none."""
+    if prompt.pixels is None:
+        return 0.0
+    scale = zip(processor.image_processor.image_mean, processor.image_processor.image_std)
+    grey = torch.tensor([(0.5 - mean) / std for mean, std in scale])  # [C]; a patch lies channel after channel
+    grey = grey.repeat_interleave(prompt.pixels.shape[1] // len(grey)).expand_as(prompt.pixels)
+    seen, blind = (response_logprobs(model, processor, [Packed(each, [response])], temperature)[0]
+                   for each in (prompt, replace(prompt, pixels=grey)))
+    return (seen - blind).abs().mean().item()
+
+
 # === the fold: below, attention, memory, how a policy is loaded, and how several processes share it ===================
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -529,11 +546,16 @@ def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: s
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.dtype = torch.float32,
-                freeze_vision: bool = False, gradient_checkpointing: bool = False) -> PreTrainedModel:
+                freeze_vision: bool = False, gradient_checkpointing: bool = False, base: str = "", lora_rank: int = 0,
+                seed: int = 0) -> PreTrainedModel:
     """Load a policy; to be trained in fp32 weights (in bf16 a step of lr 1e-6 would move 2% of them at all).
 
-    freeze_vision: the vision tower gets no gradient. A small one on a CPU sets the process to one thread (SMALL).
-    Raises ValueError when path is no Qwen vision-language model."""
+    freeze_vision: the vision tower gets no gradient. path may be a folder of LoRA adapters, whose model is `base`, or
+    what they name. lora_rank: give the model new ones, drawn by seed (add_adapters). A small model on a CPU sets the
+    process to one thread (SMALL). Raises ValueError when path is no Qwen vision-language model."""
+    adapters = path if has_adapters(path) else ""
+    if adapters:
+        path = base or json.loads((Path(path) / ADAPTERS).read_text())["base_model_name_or_path"]
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: no config.json inside; --model wants a Hugging Face model folder or hub id")
     try:
@@ -553,9 +575,73 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
         torch.set_num_threads(1)
     if freeze_vision:
         model.model.visual.requires_grad_(False)
+    if adapters or lora_rank:
+        add_adapters(model, adapters, lora_rank, freeze_vision, seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+# --- LoRA (2106.09685), by peft ---------------------------------------------------------------------------------------
+
+ADAPTERS = "adapter_config.json"  # tells a folder of adapters
+ALPHA = 32  # their product counts alpha / rank; so the best lr hardly depends on the rank ("LoRA Without Regret")
+
+
+def has_adapters(folder: str) -> bool:
+    return (Path(folder) / ADAPTERS).exists()
+
+
+def add_adapters(model: PreTrainedModel, folder: str, rank: int, freeze_vision: bool, seed: int) -> None:
+    """Put beside each matrix of the blocks a product of two of this rank, in fp32, that alone is trained. folder: those
+    that were saved there, else new ones, which change nothing yet."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict  # (its import takes seconds)
+    from peft.utils import load_peft_weights
+
+    blocks = r"language_model\.layers" if freeze_vision else r"(language_model\.layers|visual\.blocks)"
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=rf"model\.{blocks}\..*(proj|qkv|fc1|fc2)",
+                        base_model_name_or_path=model.name_or_path)
+    if folder:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    if folder:
+        set_peft_model_state_dict(model, load_peft_weights(folder, device=str(model.device)))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+@contextlib.contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it was before it was given any; of one that has none, itself."""
+    layers: list = []
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A model's weights, by name, as transformers saves them; of one with adapters these, as peft does."""
+    if not hasattr(model, "peft_config"):
+        model.save_pretrained(folder, state_dict=weights)
+        return
+    from peft import get_peft_model_state_dict
+
+    adapters = get_peft_model_state_dict(model, state_dict=weights)
+    model.peft_config["default"].save_pretrained(folder)
+    save_file({f"base_model.model.{name}": weight for name, weight in adapters.items()},
+              folder / "adapter_model.safetensors")
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -578,15 +664,21 @@ class Policy:
     """The policy in its several forms, and what moves it."""
 
     model: PreTrainedModel  # fp32, in shares where there are several processes
-    sampler: PreTrainedModel  # a plain replica to sample with; on one CPU the policy itself
-    reference: PreTrainedModel | None  # with a KL: the model that the run began with, to hold the policy near it
+    sampler: PreTrainedModel  # a plain replica to sample with; on one CPU, or one GPU with LoRA, the policy itself
+    reference: PreTrainedModel | None  # with a KL: the model that the run began with (its adapters are then put off)
     optimizer: torch.optim.AdamW
     processor: Processor
 
 
-def load_trainer(source: str, processor: Processor, device: torch.device, *, lr: float, reference: str | None = None,
-                 freeze_vision: bool = False, gradient_checkpointing: bool = False, offload: bool = False) -> Policy:
-    """Load a checkpoint to be trained; reference: the folder or hub id of the model that a KL is to. A collective."""
+def load_trainer(source: str, processor: Processor, device: torch.device, *, lr: float, start: str = "",
+                 kl: bool = False, freeze_vision: bool = False, gradient_checkpointing: bool = False,
+                 offload: bool = False, lora_rank: int = 0, seed: int = 0) -> Policy:
+    """Load a checkpoint to be trained; start: the folder or hub id of the model that the run began with, to which a KL
+    is, and LoRA's adapters. With these the weights are in bf16 on a GPU, which need no replica, and are the reference
+    when the adapters are off. A collective."""
+    if lora_rank == 0 and has_adapters(source) or has_adapters(start):
+        raise ValueError(f"{start or source} holds LoRA adapters, not a model to train: merge them first, "
+                         "AutoPeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)")
     sharded, half = rank_and_world()[1] > 1 or offload, torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def ready(model: PreTrainedModel) -> PreTrainedModel:  # each is shared out before the next is loaded: together,
@@ -595,17 +687,17 @@ def load_trainer(source: str, processor: Processor, device: torch.device, *, lr:
         return model
 
     home = torch.device("cpu") if sharded else device
-    model = ready(load_policy(source, home, freeze_vision=freeze_vision,
-                              gradient_checkpointing=gradient_checkpointing))
-    held = None
-    if reference:
-        held = ready(load_policy(reference, home, dtype=half).requires_grad_(False).eval())
+    load = partial(load_policy, source, base=start, lora_rank=lora_rank, freeze_vision=freeze_vision, seed=seed)
+    model = ready(load(home, dtype=half if lora_rank else torch.float32, gradient_checkpointing=gradient_checkpointing))
+    reference = model if kl and lora_rank else None
+    if kl and not lora_rank:
+        reference = ready(load_policy(start, home, dtype=half).requires_grad_(False).eval())
     sampler = model
-    if sharded or device.type == "cuda":
-        sampler = load_policy(source, device, dtype=half).requires_grad_(False).eval()
+    if sharded or device.type == "cuda" and not lora_rank:
+        sampler = load(device, dtype=half).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=device.type == "cuda" and not offload)
-    return Policy(model, sampler, held, optimizer, processor)
+    return Policy(model, sampler, reference, optimizer, processor)
 
 
 def shard(model, device: torch.device, offload: bool) -> None:

@@ -50,7 +50,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -64,13 +64,13 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from curriculum import Batch, Curriculum, warn_if_blind
-from data import TINY, Processor, Prompt, Record, check_records, load_records, range_fault, run_program
+from data import PROMPTS, TINY, Processor, Prompt, Record, check_records, load_records, range_fault, run_program
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
-                  roll_out, summarize, write_json, write_responses)
+                  mean, roll_out, summarize, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
 from rollout import (Group, Packed, Policy, copy_weights, device_of, encode_ahead, full_tensor, gather_shares,
                      generation_config, load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups,
-                     start_processes, stop_processes)
+                     picture_effect, save_weights, start_processes, stop_processes, without_adapters)
 
 HERE = Path(__file__).resolve().parent
 
@@ -79,15 +79,18 @@ HERE = Path(__file__).resolve().parent
 
 def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
               num_tokens: int | None = None, num_sequences: int | None = None, *, clip_low: float = 0.2,
-              clip_high: float = 0.2, aggregation: str = "token", max_tokens: int = 1,
+              clip_high: float = 0.2, ratio_of: str = "token", aggregation: str = "token", max_tokens: int = 1,
+              sampler_logprobs: torch.Tensor | None = None, tis_cap: float = 0.0,
               ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped GRPO loss of N responses.
 
-    logprobs, old_logprobs, mask (and ref_logprobs) [N, T], advantages [N] already weighted. num_tokens and
-    num_sequences count the whole update, of which these rows may be a micro-batch: losses of micro-batches then add up
-    to the update's. Statistics are sums over tokens, and add up too. aggregation `constant` divides by
-    num_sequences * max_tokens."""
+    logprobs, old_logprobs, mask (and sampler_logprobs, ref_logprobs) [N, T], advantages [N] already weighted.
+    num_tokens and num_sequences count the whole update, of which these rows may be a micro-batch: losses of
+    micro-batches then add up to the update's. Statistics are sums over tokens, and add up too. aggregation `constant`
+    divides by num_sequences * max_tokens. ratio_of `sequence`: GSPO (2507.18071, eq. 7), one ratio for a response, the
+    geometric mean of its tokens'. tis_cap above 0: truncated importance sampling, each token weighs
+    min(pi_old / pi_sampler, tis_cap), where the sampler rounds otherwise than the trainer."""
     mask = mask.to(logprobs.dtype)
     tokens = max(1, mask.sum().item() if num_tokens is None else num_tokens)
     sequences = max(1, len(mask) if num_sequences is None else num_sequences)
@@ -99,10 +102,15 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
         share = mask / (sequences * max_tokens)
 
     log_ratio = (logprobs - old_logprobs) * mask
+    if ratio_of == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
     ratio = log_ratio.exp()  # pi(o_t) / pi_old(o_t)
     adv = advantages[:, None]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -(torch.min(ratio * adv, clipped * adv) * share).sum()
+    gain = torch.min(ratio * adv, clipped * adv)  # [N, T]
+    if tis_cap > 0 and sampler_logprobs is not None:
+        gain = gain * ((old_logprobs - sampler_logprobs) * mask).exp().clamp(max=tis_cap)
+    loss = -(gain * share).sum()
     stats = {
         "ratio": (ratio.detach() * mask).sum(),
         "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * mask).sum(),
@@ -119,17 +127,19 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 
 # --- one update -------------------------------------------------------------------------------------------------------
 
-def update(policy: Policy, groups: list[Group], responses: list[list[Response]], rewards: Rewards, lrs: list[float],
-           cfg: Config) -> dict[str, float]:
+def update(policy: Policy, groups: list[Group | None], responses: list[list[Response]], rewards: Rewards,
+           lrs: list[float], cfg: Config) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    responses: to all P prompts; groups: to this rank's, every world-th of them (prompt p is group p // world of rank
-    p % world). Raises FloatingPointError, on all ranks and before the weights change, when the loss is not finite. A
-    collective."""
+    groups, responses: of all P prompts; None for a group that another rank has sampled. Raises FloatingPointError, on
+    all ranks and before the weights change, when the loss is not finite. A collective."""
     device, world = device_of(policy.model), rank_and_world()[1]
     parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
-    for part in np.array_split(np.arange(len(responses)), len(lrs)):
+    chosen = np.arange(len(responses))
+    if cfg.refill > 1:  # (those without signal were made up for)
+        chosen = np.flatnonzero(rewards.signal)[:cfg.prompts_per_rollout]
+    for part in np.array_split(chosen, len(lrs)):
         rows, tokens, sequences = rows_of(part, groups, responses, rewards, cfg)
         parts.append(micro_batches(rows, cfg.micro_tokens))
         counts.append((tokens, sequences))
@@ -157,17 +167,18 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
             counted = torch.tensor([row.counted for row in micro for _ in row.responses], device=device)
             mask = mask & counted[:, None]
             old = padded([row.old or [] for row in micro], device) if micro[0].old else logprobs.detach()
-            ref = None
+            sampled, ref = padded([row.sampled for row in micro], device), None
             if policy.reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), without_adapters(policy.reference):
                     ref = forward(policy.reference, rows=micro, blank=blank)[0]
             advantages = torch.tensor([a for row in micro for a in row.advantages], device=device)  # [N]
             loss, stats = grpo_loss(
                 logprobs, old, advantages, mask, num_tokens, num_sequences, clip_low=cfg.clip_low,
-                clip_high=cfg.clip_high, aggregation=cfg.aggregation, max_tokens=cfg.max_response_tokens,
-                ref_logprobs=ref, kl_coef=cfg.kl_coef)
+                clip_high=cfg.clip_high, ratio_of=cfg.ratio, aggregation=cfg.aggregation,
+                max_tokens=cfg.max_response_tokens, sampler_logprobs=sampled, tis_cap=cfg.tis_cap, ref_logprobs=ref,
+                kl_coef=cfg.kl_coef)
             (loss * world).backward()  # (sharded gradients are means over the ranks; the loss is a sum)
-            gap = (old - padded([row.sampled for row in micro], device)).abs()
+            gap = (old - sampled).abs()
             stats |= {"entropy": (entropy * mask).sum(), "loss": loss.detach(), "scored": mask.sum(),
                       "sampler_gap": (gap * mask).sum()}
             for name, value in stats.items():
@@ -193,16 +204,16 @@ def update(policy: Policy, groups: list[Group], responses: list[list[Response]],
     return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
 
 
-def rows_of(part: np.ndarray, groups: list[Group], responses: list[list[Response]], rewards: Rewards, cfg: Config,
-            ) -> tuple[list[Packed], int, int]:
+def rows_of(part: np.ndarray, groups: list[Group | None], responses: list[list[Response]], rewards: Rewards,
+            cfg: Config) -> tuple[list[Packed], int, int]:
     """Of an update on the prompts `part`: this rank's packed rows; tokens and responses that count, of all ranks."""
-    rank, world = rank_and_world()
     rows, tokens, sequences = [], 0, 0
     for p in part:
         forwarded = bool(rewards.signal[p]) or cfg.kl_coef > 0
         kept = [g for g, r in enumerate(responses[p]) if not (r.truncated and cfg.mask_truncated)]
-        if forwarded and p % world == rank:
-            rows += pack_group(groups[p // world], rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
+        group = groups[p]
+        if forwarded and group is not None:
+            rows += pack_group(group, rewards.advantages[p].tolist(), kept, cfg.micro_tokens)
         if forwarded or cfg.count_no_signal:
             tokens += sum(responses[p][g].tokens or 0 for g in kept)
             sequences += len(kept)
@@ -264,48 +275,52 @@ def main(args: list[str] | None = None) -> None:
     run = Run(cfg)  # its folder: new, gone on with (run.source is then its newest checkpoint), or refused
     processor = Processor(run.source, cfg.max_pixels)
     train, test = load_problems(cfg, processor)
-    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed)
-    policy = load_trainer(run.source, processor, device, lr=cfg.lr, reference=cfg.model if cfg.kl_coef > 0 else None,
+    curriculum = Curriculum(train, cfg.prompts_per_rollout, cfg.order, parse_stages(cfg.stage), cfg.seed, cfg.epochs)
+    policy = load_trainer(run.source, processor, device, start=cfg.model, lr=cfg.lr, kl=cfg.kl_coef > 0,
                           freeze_vision=cfg.freeze_vision, gradient_checkpointing=cfg.gradient_checkpointing,
-                          offload=cfg.offload)
+                          offload=cfg.offload, lora_rank=cfg.lora_rank, seed=cfg.seed)
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
     left = max(0, cfg.max_steps - curriculum.position) if cfg.max_steps else None  # None: all
     shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:][:left]]
     coming = encode_ahead(policy.processor, shares, cfg.prompt)  # (prompts, made while the policy is at work)
+    rollout = Rollout()
     for batch in itertools.islice(curriculum, left):
         step = curriculum.position
 
         # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
-        clock = [time.perf_counter()]
         prompts = run.signals.unless_asked(partial(next, coming))
-        clock.append(time.perf_counter())
+        rollout.ends("pictures")
         groups = None if prompts is None else run.signals.unless_asked(
             partial(sample, policy, batch.records[rank::world], prompts, step, cfg))
         if groups is None:  # asked to stop: the policy is still what it was after the step before
-            curriculum.undo()
+            curriculum.undo(len(rollout.batches) + 1)
             break
+        rollout.ends("rollout")
 
         # 2. Reward and weight them: adv_i = w(d) (r_i - mean r) / (std r + eps).
-        clock.append(time.perf_counter())
-        responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], on every rank, scored by rewards.score
-        rewards = reward(responses, cfg)
-        metrics = step_metrics(responses, rewards)
-        run.log_groups(step, batch, responses, rewards, metrics)
+        rollout.add(batch, groups, gather_shares(judge(groups, cfg.prompt)))  # [P][G], scored by rewards.score
+        rewards = reward(rollout.responses, cfg)
+        rollout.ends("reward")
+        if rollout.wants_more(rewards, cfg) and not (batch.ends_stage or step == cfg.max_steps):
+            continue
+        metrics = step_metrics(rollout.responses, rewards) | run.first_look(rollout)
+        run.log_groups(step, rollout, rewards, metrics)
 
         # 3. Update the policy, then its replica that samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
-        clock.append(time.perf_counter())
         try:
-            stats = update(policy, groups, responses, rewards, learning_rates(step, len(curriculum), cfg), cfg)
+            stats = update(policy, rollout.groups, rollout.responses, rewards,
+                           learning_rates(step, len(curriculum), cfg), cfg)
         except FloatingPointError as error:
-            raise SystemExit(run.not_finite(step, batch, error)) from error
+            raise SystemExit(run.not_finite(step, rollout, error)) from error
         copy_weights(policy)
+        rollout.ends("update")
 
         # 4. Log.
-        clock.append(time.perf_counter())
-        run.log_step(step, batch, metrics | stats | system_metrics(responses, clock, device))
+        run.log_step(step, batch, metrics | stats | system_metrics(rollout, device))
         del prompts, groups  # (or the pictures of three batches would be in memory)
+        rollout = Rollout()
 
         # 5. Save; at the end of a stage, evaluate.
         run.save_if_due(batch)
@@ -314,6 +329,38 @@ def main(args: list[str] | None = None) -> None:
             break
     run.close()
     stop_processes()
+
+
+@dataclass
+class Rollout:
+    """What one step learns from: a batch; with --refill (DAPO's dynamic sampling) up to so many of one stage."""
+
+    batches: list[Batch] = field(default_factory=list)
+    groups: list[Group | None] = field(default_factory=list)  # of each problem; None: another rank sampled it
+    responses: list[list[Response]] = field(default_factory=list)  # [P][G], on every rank
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on pictures, rollout, reward, update
+    clock: float = field(default_factory=time.perf_counter)
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for batch in self.batches for record in batch.records]
+
+    def ends(self, name: str) -> None:
+        """Count the time since the last call as spent on this."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
+        self.clock = now
+
+    def add(self, batch: Batch, groups: list[Group], responses: list[list[Response]]) -> None:
+        """groups: this rank's share, every world-th of the batch; responses: to all of it."""
+        rank, world = rank_and_world()
+        self.batches.append(batch)
+        self.groups += [groups[p // world] if p % world == rank else None for p in range(len(responses))]
+        self.responses += responses
+
+    def wants_more(self, rewards: Rewards, cfg: Config) -> bool:
+        """Have fewer than P groups a signal, and may another batch be sampled?"""
+        return len(self.batches) < cfg.refill and int(rewards.signal.sum()) < cfg.prompts_per_rollout
 
 
 def sample(policy: Policy, records: list[Record], prompts: list[Prompt], step: int, cfg: Config) -> list[Group]:
@@ -351,10 +398,12 @@ def learning_rate(update: int, total: int, cfg: Config) -> float:
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
-def setting(default, help: str, low: float = -math.inf, high: float = math.inf, technical: bool = False):
+def setting(default, help: str, low: float = -math.inf, high: float = math.inf, technical: bool = False,
+            choices: Iterable[str] = ()):
     """A field of Config. low, high: bounds, both allowed (just above 0: TINY). technical: changes memory, speed or what
     is kept, and no step (but by rounding): it may differ on --resume, and between runs that are compared."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "technical": technical})
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "technical": technical,
+                                            "choices": tuple(choices)})
 
 
 @dataclass
@@ -368,16 +417,20 @@ class Config:
     out: str = setting("", "folder of the run; empty: out/<preset>-<order>-<prompt>-seed<seed>")
     resume: bool = setting(False, "go on with the run in --out from its newest checkpoint")
     skip_bad: bool = setting(False, "leave out records that cannot be used, instead of stopping")
+    limit: int = setting(0, "train on so many of the problems only, taken evenly from all; 0: all", 0)
 
     # in what order
     stage: str = setting("all", "rungs of the ladder to train on: all, one (3) or a range (0-3)")
     order: Literal["ladder", "sorted", "random", "reverse"] = setting(
         "ladder", "of the problems; unmeasured data has only random")
+    epochs: int = setting(1, "passes over the problems, each in the same order of stages", 1)
 
     # sample
-    prompt: Literal["none", "think", "observe"] = setting("observe", "prompt style and the format it asks for")
+    prompt: str = setting("observe", "prompt style and the format it asks for", choices=PROMPTS)
     group_size: int = setting(8, "G, responses to a prompt, of which advantages compare the rewards", 2)
     prompts_per_rollout: int = setting(128, "P, prompts sampled before the policy is updated", 1)
+    refill: int = setting(1, "dynamic sampling: until P groups have a signal, sample up to so many times P problems of "
+                          "the same stage (DAPO); lr and steps count them all; 1: off", 1)
     temperature: float = setting(1.0, "of sampling, and of the log-probs in the loss", TINY)
     max_prompt_tokens: int = setting(9216, "a longer prompt is refused, never cut", 1)
     max_response_tokens: int = setting(8192, "a response is cut here", 1)
@@ -399,12 +452,18 @@ class Config:
     updates_per_rollout: int = setting(16, "optimizer steps a rollout is split into, by prompts", 1)
     clip_low: float = setting(0.2, "ratio is clipped at 1 - clip_low", 0, 1)
     clip_high: float = setting(0.2, "ratio is clipped at 1 + clip_high", 0)
+    ratio: Literal["token", "sequence"] = setting(
+        "token", "pi / pi_old of each token | of the response, its geometric mean (GSPO, which clips at some 4e-4)")
+    tis_cap: float = setting(
+        0.0, "truncated importance sampling: tokens weigh pi_old / pi_sampler, at most this; 0: off", 0)
     aggregation: Literal["token", "sequence", "constant"] = setting(
         "token", "loss is a mean over tokens | over sequences of their token means | sum / (N max tokens), Dr. GRPO")
     kl_coef: float = setting(0.0, "of the KL to the starting model (k3); 0: no reference is loaded", 0)
     count_no_signal: bool = setting(False, "count the tokens of groups without signal in the loss's denominator")
     mask_truncated: bool = setting(False, "leave cut-off responses out of the loss")
     freeze_vision: bool = setting(False, "train the language model only")
+    lora_rank: int = setting(0, "train adapters of this rank (LoRA) in place of the weights, at some ten times "
+                             "their lr; 0: off", 0)
     lr: float = setting(1e-6, "peak learning rate of AdamW", TINY)
     warmup: float = setting(0.03, "share of the updates over which lr rises", 0, 1)
     schedule: Literal["cosine", "constant"] = setting("cosine", "of lr after the warm-up; cosine falls to 0.1 lr")
@@ -424,7 +483,7 @@ class Config:
     keep: int = setting(2, "newest checkpoints kept", 1, technical=True)
     max_steps: int = setting(
         0, "stop after so many rollouts, for --resume to go on; lr is that of the whole run; 0: all", 0, technical=True)
-    tracker: Literal["none", "tensorboard", "wandb"] = setting(
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "also log there, through accelerate", technical=True)
     seed: int = setting(0, "of sampling and of the order inside a stage", 0)
 
@@ -456,7 +515,7 @@ def parse_config(args: list[str] | None = None) -> Config:
             parser.add_argument(option, action="store_true", default=f.default, help=text)
             parser.add_argument(f"--no{option[1:]}", action="store_false", dest=f.name, help=argparse.SUPPRESS)
         else:
-            choices = get_args(types[f.name])
+            choices = get_args(types[f.name]) or f.metadata["choices"]
             parser.add_argument(option, type=str if choices else types[f.name], choices=choices or None,
                                 default=f.default, help=text)
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -490,6 +549,8 @@ def check_config(cfg: Config) -> None:
     if cfg.rollout_rows < cfg.group_size:
         raise ValueError(f"--rollout-rows {cfg.rollout_rows} is below --group-size {cfg.group_size}: a group is "
                          "sampled together")
+    if cfg.refill > 1 and cfg.count_no_signal:
+        raise ValueError("--refill makes up for groups without signal, and --count-no-signal counts them; choose one")
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None:
         raise ValueError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
     parse_stages(cfg.stage)
@@ -519,18 +580,21 @@ def as_kept(cfg: Config) -> dict:
 
 def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list[Record]]:
     """Training and held-out problems, every one checked before hours are spent: gold, pictures, prompt length."""
-    def load(path: str) -> list[Record]:
+    def load(path: str, limit: int = 0) -> list[Record]:
         records = load_records(path, skip_bad=cfg.skip_bad)
+        if 0 < limit < len(records):  # (a ladder's first problems are all of stage 0)
+            records = [records[i * len(records) // limit] for i in range(limit)]
         good = on_rank_0(lambda: {r.id for r in check_records(processor, records, cfg.prompt, cfg.max_prompt_tokens,
                                                               cfg.skip_bad)})
         return [r for r in records if r.id in good]
 
-    return load(cfg.data), load(cfg.test) if cfg.test else []
+    return load(cfg.data, cfg.limit), load(cfg.test) if cfg.test else []
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------
 
-LOGS = ("metrics.jsonl", "responses.jsonl")
+LOGS = ("metrics.jsonl", "responses.jsonl", "problems.jsonl")
+LOOKED_AT, UNSEEN = 8, 0.01  # problems; nats a token, below which no picture is seen
 
 
 class Run:
@@ -591,7 +655,7 @@ class Run:
         (self.folder / "held-out").mkdir(exist_ok=True)
         for answers in answers_after(self.folder, max(self.saved, 0)):  # of a policy that was not saved
             answers.unlink()
-        metrics, _ = (read_log(self.folder / name, max(self.saved, 0), cut=True) for name in LOGS)
+        metrics, *_ = [read_log(self.folder / name, max(self.saved, 0), cut=True) for name in LOGS]
         return {line["step"]: line["eval"] for line in metrics if "eval" in line}
 
     def log(self, name: str, lines: list[dict]) -> None:
@@ -599,11 +663,29 @@ class Run:
             with open(self.folder / name, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def log_groups(self, step: int, batch: Batch, responses: list[list[Response]], rewards: Rewards,
-                   metrics: dict) -> None:
+    def first_look(self, rollout: Rollout) -> dict:
+        """At a run's first rollout: are the pictures seen? A collective."""
+        if self.curriculum.position > len(rollout.batches):
+            return {}
+        mine = [group for group in rollout.groups[:LOOKED_AT] if group is not None]
+        return self.pictures_seen([(self.records[g.record.id], g.prompt, g.samples[0].ids) for g in mine])
+
+    def pictures_seen(self, looked_at: list[tuple[Record, Prompt, list[int]]]) -> dict:
+        """Of this rank's share of some problems as they were loaded, their prompts and a response each: how much grey
+        pictures change the log-probs of the responses; a warning where they do not. A collective."""
+        changes = [picture_effect(self.policy.sampler, self.policy.processor, prompt, ids, self.cfg.temperature)
+                   if record.images and ids else None for record, prompt, ids in looked_at]
+        seen = mean(gather_shares(changes))
+        if seen is not None and seen < UNSEEN and self.chief:
+            tqdm.write(f"warning: the pictures are not seen: grey ones in their place change the log-probs of the "
+                       f"responses by {seen:.1g} nats a token. Were they lost on the way, or the model's tower?")
+        return {} if seen is None else {"picture_effect": seen}
+
+    def log_groups(self, step: int, rollout: Rollout, rewards: Rewards, metrics: dict) -> None:
         """Before the update, which may fail: what it was to learn from, and what will keep it from learning."""
-        self.log("responses.jsonl", group_lines(batch, responses, rewards, step))
-        if step == 1 and self.chief:
+        self.log("responses.jsonl", group_lines(rollout, rewards, step))
+        self.log("problems.jsonl", problem_lines(rollout, rewards, step))
+        if step == len(rollout.batches) and self.chief:
             warn_first_rollout(metrics, self.cfg)
 
     def log_step(self, step: int, batch: Batch, metrics: dict) -> None:
@@ -622,6 +704,11 @@ class Run:
         if self.test and step not in self.evals and (ends or self.curriculum.batches[step - 1].ends_stage):
             line = held_out(self.policy, self.test, self.cfg, self.folder / "held-out", step, ends, self.signals)
             if line:
+                rank, world = rank_and_world()
+                mine = list(zip(self.test, line["shown"]))[:LOOKED_AT][rank::world]
+                encode, tokens = self.policy.processor.encode, self.policy.processor.tokenizer
+                line |= self.pictures_seen([(record, encode(record, self.cfg.prompt), tokens(told["text"]).input_ids)
+                                            for record, told in mine])
                 self.evals[step] = line["eval"]
                 self.log("metrics.jsonl", [{"step": step} | line])
                 self.prune()
@@ -631,7 +718,8 @@ class Run:
     def save_if_due(self, batch: Batch | None) -> None:
         """At each stage's end and every --save-every steps; without a batch: now. Not twice for one step."""
         step, every = self.curriculum.position, self.cfg.save_every
-        if step > self.saved and (batch is None or batch.ends_stage or every and step % every == 0):
+        due = every and step // every > max(self.saved, 0) // every  # (--refill may pass over a multiple)
+        if step > self.saved and (batch is None or batch.ends_stage or due):
             if self.chief:
                 for name in LOGS:  # the log reaches the disk before its checkpoint
                     sync(self.folder / name)
@@ -655,8 +743,8 @@ class Run:
                 read_log(self.folder / "responses.jsonl"), key=lambda line: (line["step"], line["id"]))]
             write_responses(groups, self.folder / "responses.html")
 
-    def not_finite(self, step: int, batch: Batch, error: FloatingPointError) -> str:
-        return (f"step {step}: {error}. Its problems: {', '.join(r.id for r in batch.records)}. The newest whole "
+    def not_finite(self, step: int, rollout: Rollout, error: FloatingPointError) -> str:
+        return (f"step {step}: {error}. Its problems: {', '.join(r.id for r in rollout.records)}. The newest whole "
                 f"checkpoint is {max(checkpoints(self.folder), default='none')}; try a lower --lr or --grad-clip from "
                 "there in a new run.")
 
@@ -700,7 +788,8 @@ def find_run(cfg: Config) -> Path | None:
     lock(folder)
     newest = newest_whole(folder)
     last = step_of(newest) if newest else math.inf
-    for spare, name in enumerate(LOGS):  # (spare: a run that was killed in its first step has left the responses)
+    for name in LOGS:
+        spare = cfg.refill * (name != "metrics.jsonl")  # a run that was killed in its first step has left the others
         end = max((line["step"] for line in read_log(folder / name, last)), default=0)
         if end < last if newest else end > spare or answers_after(folder, 0):
             raise ValueError(f"--resume: {folder / name} {f'ends at step {end}' if end else 'is missing or empty'}, "
@@ -740,6 +829,7 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
     signal                  share of groups with weight above 0 and unequal rewards: those that are learned from
     weight                  mean w(d) over groups
     advantage_std           standard deviation of the weighted advantages
+    problems                sampled: with --refill up to so many times P
     length, length_max      response tokens, mean and most
     truncated               share of responses cut off at the limit
     observation             share of what is in the picture that <observe> states, inventions counted against it
@@ -754,6 +844,9 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
                             where the two are no longer one policy
     loss, grad_norm, lr     the loss; norm of the gradient before clipping; learning rate
     updates                 optimizer steps taken (an update without any signal takes none)
+
+    picture_effect: at the first rollout and with eval, of some responses: mean |change| of a token's log-prob, in nats,
+    when the pictures are grey; 0 where none reaches the model, and a warning.
 
     Of the machine: verifier_timeouts, answers given up on so far; tokens_per_second; seconds_pictures (waited for, not
     made: rollout.encode_ahead), _rollout, _reward, _update; memory, on a GPU the peak so far of the fullest rank, in
@@ -770,30 +863,37 @@ def step_metrics(responses: list[list[Response]], rewards: Rewards) -> dict[str,
         "length_max": lengths.max(), "truncated": truncated.float().mean()}
     if len(observed):
         metrics["observation"] = observed.mean()
-    return {name: value.item() for name, value in metrics.items()}
+    return {name: value.item() for name, value in metrics.items()} | {"problems": len(responses)}
 
 
-def system_metrics(responses: list[list[Response]], clock: list[float], device: torch.device) -> dict[str, float]:
-    """Time-outs, speed, a GPU's memory; clock: when waiting for pictures, sampling, judging, updating began; end."""
-    tokens, seconds = sum(r.tokens or 0 for group in responses for r in group), clock[-1] - clock[0]
-    metrics = {"verifier_timeouts": sum(gather_shares([VERIFIER.timeouts])), "tokens_per_second": tokens / seconds}
-    for name, start, end in zip(("pictures", "rollout", "reward", "update"), clock, clock[1:]):
-        metrics[f"seconds_{name}"] = end - start
+def system_metrics(rollout: Rollout, device: torch.device) -> dict[str, float]:
+    """Time-outs, speed, a GPU's memory."""
+    tokens = sum(r.tokens or 0 for group in rollout.responses for r in group)
+    metrics = {"verifier_timeouts": sum(gather_shares([VERIFIER.timeouts])),
+               "tokens_per_second": tokens / sum(rollout.seconds.values())}
+    metrics |= {f"seconds_{name}": seconds for name, seconds in rollout.seconds.items()}
     if device.type == "cuda":
         metrics["memory"] = max(gather_shares([torch.cuda.max_memory_allocated() / 1e9]))
     return metrics
 
 
-def group_lines(batch: Batch, responses: list[list[Response]], rewards: Rewards, step: int,
-                count: int = 2) -> list[dict]:
+def group_lines(rollout: Rollout, rewards: Rewards, step: int, count: int = 2) -> list[dict]:
     """The first `count` groups of a rollout, as lines of responses.jsonl."""
     lines = []
-    for p, record in enumerate(batch.records[:count]):
-        about = {"step": step, "stage": batch.stage, "weight": rewards.weight[p].item()}
-        for g, line in enumerate(response_lines(record, responses[p], **about)):
+    for p, record in enumerate(rollout.records[:count]):
+        about = {"step": step, "stage": rollout.batches[0].stage, "weight": rewards.weight[p].item()}
+        for g, line in enumerate(response_lines(record, rollout.responses[p], **about)):
             lines.append(line | {"bonus": rewards.bonus[p, g].item(), "reward": rewards.total[p, g].item(),
                                  "advantage": rewards.advantages[p, g].item()})
     return lines
+
+
+def problem_lines(rollout: Rollout, rewards: Rewards, step: int) -> list[dict]:
+    """Every problem's own history, a line of problems.jsonl a step: how many of G were right, mean reward, length."""
+    return [{"step": step, "id": record.id, "stage": rollout.batches[0].stage, "difficulty": record.difficulty,
+             "right": int(rewards.accuracy[p].sum()), "of": len(group), "reward": rewards.total[p].mean().item(),
+             "length": mean(r.tokens for r in group)}
+            for p, (record, group) in enumerate(zip(rollout.records, rollout.responses))]
 
 
 NO_SIGNAL = ("Read responses.jsonl, then try easier or harder stages (--stage), a larger --group-size, or another "
@@ -889,11 +989,12 @@ def save_checkpoint(run: Path, step: int, policy: Policy, state: dict) -> None:
 
     path, aside, chief = run / f"checkpoint-{step:06d}", run / "checkpoint.partial", rank_and_world()[0] == 0
     try:
-        full = ((name, full_tensor(p.detach())) for name, p in policy.model.named_parameters())  # (all ranks gather)
+        full = ((name, full_tensor(p.detach())) for name, p in policy.model.named_parameters()
+                if p.requires_grad or not hasattr(policy.model, "peft_config"))  # (all ranks gather)
         weights = {name: value.cpu().contiguous() for name, value in full if chief}
         if chief:
             shutil.rmtree(aside, ignore_errors=True)
-            policy.sampler.save_pretrained(aside, state_dict=weights)
+            save_weights(policy.sampler, weights, aside)
             policy.processor.tokenizer.save_pretrained(aside)
             pictures = copy.copy(policy.processor.image_processor)
             pictures.size = policy.processor.own_size
