@@ -16,12 +16,16 @@ Departures and inferences:
   3. "All records in exactly these shares" has no solution in general. Ours is the largest ladder that over-draws no
      level; beyond that size a scarce level gives what it has and the stage is filled from the rest of its window.
   4. The paper drops problems that are always solved and of low complexity, under a threshold it does not give; ours
-     drops the least complex tenth of them (--low-complexity 0.1; 0 drops none).
+     drops the least complex tenth of them (--low-complexity 0.1; 0 drops none), or those of fewer tokens than
+     --min-complexity (in the paper's figure 2 and 23 are dropped, and 56 is kept).
   5. A stage's last batch is not dropped or padded: the stage is cut into batches that differ by at most one problem.
   6. The paper's simple-question filter asks a "small MLLM", not named; ours asks the measuring model unless told
      another. A direct answer gets 128 tokens: what is cut off there was not simple.
   7. The paper reviews all never-solved problems by hand. Here rows of the review without a decision stay on the
      ladder, as without any review, and the card says how many golds nobody looked at.
+  8. The paper measures with a plain prompt (--prompt steps) and a model that it does not name; ours with the prompt and
+     the model that will be trained: its own pass rate is what the weight w(d) will see.
+  9. A batch is of one stage; the official loader's batches cross the borders.
 """
 from __future__ import annotations
 
@@ -106,10 +110,10 @@ def level_of(record: Record) -> int:
     return round((record.difficulty or 0) * (LEVELS - 1))
 
 
-def low_complexity_cut(records: list[Record], quantile: float) -> list[Record]:
-    """The records without those of level 0 whose complexity is below this quantile of their level's."""
+def low_complexity_cut(records: list[Record], quantile: float, least: float = 0.0) -> list[Record]:
+    """The records without those of level 0 whose complexity is below this quantile of their level's, or `least`."""
     easy = [r.complexity or 0.0 for r in records if level_of(r) == 0]
-    floor = np.quantile(easy, quantile) if easy else 0
+    floor = max(least, np.quantile(easy, quantile)) if easy else 0
     return [r for r in records if level_of(r) > 0 or (r.complexity or 0.0) >= floor]
 
 
@@ -555,7 +559,7 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
         write_review(reviewable, args.out)
     decisions = read_corrections(args.corrections, records) if args.corrections else {}
     reviewed = apply_review(records, decisions)
-    pool = low_complexity_cut(reviewed, args.low_complexity)
+    pool = low_complexity_cut(reviewed, args.low_complexity, args.min_complexity)
     ladder = build_ladder(pool, args.size, args.seed)
     decided = Counter(decision for decision, _ in decisions.values())
     unreviewed = sum(r.difficulty == 1 and r.id not in decisions for r in ladder)
@@ -567,7 +571,7 @@ def build(args: argparse.Namespace, records: list[Record], settings: dict) -> No
              f"Reviewed by a person: {decided.total()} golds ({decided['keep']} kept, {decided['fix']} replaced and "
              f"the rollouts judged anew, {decided['drop']} dropped). {warning}",
              f"{len(reviewed) - len(pool)} always solved problems of the lowest complexity were left out "
-             f"(quantile {args.low_complexity}).",
+             f"(quantile {args.low_complexity}; fewer than {args.min_complexity:g} tokens).",
              *share_notes(ladder, pool, args)]
     counts = report(ladder)
     bare = [replace(r, meta={key: value for key, value in r.meta.items() if key != "rollouts"}) for r in ladder]
@@ -595,16 +599,19 @@ def parse_args() -> argparse.Namespace:
     option("--data", required=True, nargs="+", help="files, folders or hub ids that data.py reads")
     option("--model", help="Hugging Face folder or hub id that measures; measured data needs none")
     option("--out", required=True, type=Path, help="folder of the ladder; one that is unfinished goes on")
-    option("--filter-model", help="of the simple-question filter (default: --model)")
+    option("--filter-model", help="of the simple-question filter (default: --model); the paper's is a small MLLM, by a "
+           "summary Qwen2.5-VL-3B")
     option("--keep-simple", action="store_true", help="no filter: keep what is answered right at once")
     option("--corrections", type=Path, help="review.csv with decisions: keep, drop, fix with a new_gold")
     option("--low-complexity", type=number(float, 0, 0.99), default=0.1,
            help="drop difficulty-0 problems below this quantile of their complexities; 0: none")
+    option("--min-complexity", type=number(float, 0), default=0,
+           help="drop difficulty-0 problems of fewer tokens too; 0: none")
     option("--size", type=positive, help="problems on the ladder (default: all that the shares allow)")
     option("--limit", type=positive, help="first so many problems only")
     option("--skip-bad", action="store_true", help="leave out records that cannot be used")
     option("--seed", type=number(int, 0), default=0, help="of sampling and of the order inside a stage")
-    option("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training")
+    option("--prompt", choices=sorted(PROMPTS), default="observe", help="prompt style of training; steps: the paper's")
     option("--temperature", type=number(float, TINY), default=1.0, help="of training")
     option("--max-tokens", type=positive, default=8192, help="longest response, as in training")
     option("--max-pixels", type=positive, default=2_560_000, help="area above which pictures are shrunk")

@@ -1,7 +1,6 @@
 """What a problem is: the record, what the model is fed of it, and where records come from.
 
     Record         one problem: question, pictures, gold answer, and what was measured of it
-    PROMPTS        the three system prompts: answer only, think, observe
     Processor      tokenizer and image processor of a checkpoint: Record -> Prompt -> a padded batch
     load_records   every file format people bring, told apart by the keys of a row
     DATASETS       the published training sets and benchmarks, one entry each
@@ -47,21 +46,12 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from rewards import RULES, chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity, read_gold, stated
+from rewards import (PROMPTS, RULES, chosen, gold_fault, infer_answer_type, normal_text, parse_number, quantity,
+                     read_gold, stated)
 
 T = TypeVar("T")
 datasets.disable_progress_bars()  # (ours tell of records)
 QUIET = os.environ.get("RANK", "0") != "0"  # of several processes the first alone shows how far it is
-
-# System prompts. The paper's own wording was never released; what is known is the order of the tags.
-PROMPTS: dict[str, str] = {
-    "none": "Answer the question about the image. Write only the final answer, inside <answer> </answer>.",
-    "think": "Answer the question about the image. First reason step by step inside <think> </think>, "
-             "then write only the final answer inside <answer> </answer>.",
-    "observe": "Answer the question about the image. First describe what you see inside <observe> </observe>, "
-               "then reason step by step inside <think> </think>, "
-               "then write only the final answer inside <answer> </answer>.",
-}
 
 
 @dataclass(frozen=True)

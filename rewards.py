@@ -144,13 +144,28 @@ def group_rewards(responses: list[list[Response]], lengths: torch.Tensor, *, for
 
 # --- format -----------------------------------------------------------------------------------------------------------
 
-TAGS: dict[str, Texts] = {
-    "none": ("answer",), "think": ("think", "answer"), "observe": ("observe", "think", "answer")}
-TAG = re.compile(r"(<\s*(?:/\s*)?(?:observe|think|answer)\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count as tags too
+# System prompts by style. A style's format is the tags that its prompt names, in their order: a new style is a line
+# here. The paper's own wording was never released; what is known is the order of the tags, and of "steps", by which it
+# measured difficulty, the text (its figure).
+PROMPTS: dict[str, str] = {
+    "none": "Answer the question about the image. Write only the final answer, inside <answer> </answer>.",
+    "steps": "You should think the problem step by step and give the reasoning process and the final answer.",
+    "think": "Answer the question about the image. First reason step by step inside <think> </think>, "
+             "then write only the final answer inside <answer> </answer>.",
+    "observe": "Answer the question about the image. First describe what you see inside <observe> </observe>, "
+               "then reason step by step inside <think> </think>, "
+               "then write only the final answer inside <answer> </answer>.",
+}
+TAGS: dict[str, Texts] = {style: tuple(re.findall(r"<(\w+)>", prompt)) for style, prompt in PROMPTS.items()}
+TAG = re.compile(  # misspelt ones count as tags too
+    rf"(<\s*(?:/\s*)?(?:{'|'.join(tag for tags in TAGS.values() for tag in tags)})\b[^<>]*>)", re.IGNORECASE)
 
 
 def format_reward(text: str, style: str = "observe") -> float:
-    """1.0 when the text is the style's tags, each once and in order, none empty, and white space around them."""
+    """1.0 when the text is the style's tags, each once and in order, none empty, and white space around them;
+    where the style has none, of a text without tags."""
+    if not TAGS[style]:
+        return float(bool(text.strip()) and not TAG.search(text))
     expected = [tag for name in TAGS[style] for tag in (f"<{name}>", f"</{name}>")]
     parts = TAG.split(text)  # outside, <observe>, inside, </observe>, outside, <think>, ...
     if parts[1::2] != expected:

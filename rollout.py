@@ -11,6 +11,9 @@ log-probs from one function (`log_distribution`: temperature, vision tokens excl
 other without passing through text, and the generation settings that a checkpoint brings along (Qwen's: top_k 1,
 repetition penalty 1.05) are replaced whole.
 
+Departure from the official code: vision tokens have probability 0 in the sampler and in the loss; there they may be
+sampled, and a later forward that meets one without pixels fails.
+
 Two things make it fast, and neither changes a number. A prompt with its picture is computed once for its G responses:
 when sampling, its keys and values are repeated, never the work; when scoring, the responses stand side by side in one
 row, each seeing the prompt and itself. And a row leaves the batch when its response has ended.

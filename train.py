@@ -20,11 +20,13 @@ and curriculum stand at the head of their own files:
      none. Set, ours is the k3 estimator in the loss.
   3. A group without signal (weight 0, or equal rewards) is not forwarded and its tokens are not counted; the official
      code forwards it with weight 0, which shrinks the step of the others. --count-no-signal restores the count; with a
-     KL, which every group has, it is forwarded.
+     KL, which every group has, it is forwarded. --refill samples others in its place, as the official code can.
   4. The responses of a group stay together in one update; the official code scatters them over the 16 of a rollout.
   5. --order says the order; the official --shuffle switches shuffling off.
   6. The logged reward is the reward used; the official log leaves the bonus out.
-  7. "Old" log-probs are the trainer's own, in the packing of the update; in the first update of a rollout they are
+  7. A prompt over --max-prompt-tokens is refused; the official code cuts it, and image tokens with it.
+  8. The first update's lr is a step of the warm-up above 0; the official one is 0, and moves nothing.
+  9. "Old" log-probs are the trainer's own, in the packing of the update; in the first update of a rollout they are
      the policy's very own, nothing is computed, and ratio is 1.
 
 With several processes each takes a share of the prompts and of the weights (rollout.shard), and the run is the same. It

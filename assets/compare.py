@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,13 +56,17 @@ def read_runs(folder: Path) -> list[Run]:
         raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
     if not settings:
         return evaluation_runs(folder, scores)
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [training_run(folder, settings, scores, [json.loads(line) for line in lines])]
+    return [training_run(folder, settings, scores, read_lines(folder / "metrics.jsonl"),
+                         read_lines(folder / "problems.jsonl"))]
 
 
-def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict]) -> Run:
-    """One run of train.py, from what its settings.json, scores.json and metrics.jsonl hold (metrics may be empty)."""
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict], history: Iterable[dict] = ()) -> Run:
+    """One run of train.py, from what its settings.json, scores.json, metrics.jsonl and problems.jsonl hold (the last
+    two may be empty). history: what each problem, measured then at its level, came to when it was trained on."""
     test = Path(kept["test"])
     label = "toy" if test.parts[-2:] == TOY.parts[-2:] else label_of(kept["test"])
     settings = {key: value for key, value in kept.items() if key not in UNEQUAL or key == "model"}
@@ -69,9 +74,19 @@ def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict]) ->
     steps = [line for line in metrics if "reward" in line]
     if steps:
         seconds = sum(value for step in steps for name, value in step.items() if name.startswith("seconds_"))
+        beside |= trained_by_level(history)
         beside |= {"groups with signal, %": 100 * mean(s["signal"] for s in steps), "minutes": seconds / 60}
     return Run(folder, str(kept["seed"]), settings, columns_of(scores["after"], label),
                columns_of(scores["before"], label), beside)
+
+
+def trained_by_level(history: Iterable[dict]) -> dict[str, float]:
+    """Difficulty then and now: of the problems of each level that was measured, how many were right in training."""
+    levels: dict[float, list[float]] = {}
+    for line in history:
+        if line["difficulty"] is not None:
+            levels.setdefault(line["difficulty"], []).append(100 * line["right"] / line["of"])
+    return {f"{level:.3f}, in training, %": float(np.mean(rates)) for level, rates in sorted(levels.items())}
 
 
 def columns_of(end: dict, label: str) -> dict:

@@ -335,10 +335,11 @@ def main() -> None:
     model_dir = args.out / "model"
     model_dir.mkdir(parents=True, exist_ok=True)
     sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
-    texts = [*PROMPTS.values(), "system\nuser\nassistant\n the answer is"] * 5
+    styles = ("none", "think", "observe")
+    texts = [*(PROMPTS[style] for style in styles), "system\nuser\nassistant\n the answer is"] * 5
     texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
     mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
-    texts += [write_trace(r, style, rng, mixed) for r in sample for style in PROMPTS]
+    texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
     make_tokenizer(texts, model_dir)
     model = make_model(model_dir)
     processor = Processor(str(model_dir))

@@ -36,6 +36,7 @@ SCENARIOS: dict[str, dict] = {
     "text": dict(count_no_signal=True),  # without any picture
     "one": {},  # a single group: one rank has nothing at all
     "silent": {},  # no signal on any rank
+    "lora": dict(lora_rank=4, kl_coef=0.1),  # whose reference is the policy without its adapters
     "half": {},  # gathered in bf16, and a replica in bf16, as on GPUs
     "offload": dict(offload=True)}
 
@@ -75,13 +76,13 @@ def load(name: str, source: str) -> tuple[train.Config, Policy]:
         fsdp.MixedPrecisionPolicy = lambda *_, **__: MIXED(
             torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         rollout.autocast = lambda model: torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32)
-    policy = rollout.load_trainer(source, Processor(str(TOY / "model")), device, lr=cfg.lr, offload=cfg.offload,
-                                  reference=source if cfg.kl_coef else None, freeze_vision=cfg.freeze_vision,
-                                  gradient_checkpointing=cfg.gradient_checkpointing)
+    policy = rollout.load_trainer(source, Processor(str(TOY / "model")), device, start=cfg.model, lr=cfg.lr,
+                                  kl=cfg.kl_coef > 0, freeze_vision=cfg.freeze_vision, offload=cfg.offload,
+                                  gradient_checkpointing=cfg.gradient_checkpointing, lora_rank=cfg.lora_rank)
     fsdp.MixedPrecisionPolicy = MIXED
     if name == "half":
         policy.sampler = load_policy(source, dtype=torch.bfloat16)
-    if policy.reference is not None:
+    if policy.reference is not None and not cfg.lora_rank:
         with torch.no_grad():
             policy.reference.lm_head.weight.mul_(1.01)  # else the KL is 0
     return cfg, policy
@@ -109,7 +110,8 @@ def run(name: str, folder: Path | None = None, source: str = "", lrs=(1e-4, 2e-4
     if source:
         train.load_moments(Path(source), policy, read_json(Path(source) / "trainer/state.json")["steps"])
     (rank, world), (groups, responses, rewards) = rank_and_world(), made_up(name, policy.processor)
-    stats = train.update(policy, groups[rank::world], responses, rewards, list(lrs), cfg) if lrs else {}
+    mine = [group if p % world == rank else None for p, group in enumerate(groups)]
+    stats = train.update(policy, mine, responses, rewards, list(lrs), cfg) if lrs else {}
     rollout.copy_weights(policy)
     state, copies = state_of(policy), dict(policy.sampler.named_parameters())
     assert all(torch.equal(state["weights"][n].to(p.dtype), p) for n, p in copies.items()), "the replica is the policy"

@@ -451,10 +451,13 @@ def test_logged_numbers_by_hand():
     assert train.step_metrics(responses, rewards) == pytest.approx({
         "reward": (6 + 6 + .2) / 12, "accuracy": .5, "format": 1, "bonus": 1 / 12, "all_right": 1 / 3,
         "all_wrong": 1 / 3, "signal": 1 / 3, "weight": .6, "advantage_std": 0, "length": 380 / 12, "length_max": 80,
-        "truncated": 1 / 12, "observation": .75})
-    batch = Batch(1, [Record("r", "?", "1")] * 3, False)
-    logged = train.group_lines(batch, responses, rewards, step=3, count=1)
+        "truncated": 1 / 12, "observation": .75, "problems": 3})
+    rollout = train.Rollout()
+    rollout.add(Batch(1, [Record("r", "?", "1", difficulty=.5)] * 3, False), [None] * 3, responses)
+    logged = train.group_lines(rollout, rewards, step=3, count=1)
     assert [line["reward"] for line in logged] == pytest.approx([1.7, 1.5, .5, .5])
+    assert train.problem_lines(rollout, rewards, step=3)[0] == pytest.approx({
+        "step": 3, "id": "r", "stage": 1, "difficulty": .5, "right": 2, "of": 4, "reward": 4.2 / 4, "length": 25})
 
 
 def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_run):
@@ -469,7 +472,8 @@ def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_
         main([*small, "--out", str(run), "--resume", "--lr", "2e-4"])
     main([*small, "--out", str(run), "--resume"])
     assert lines(run) == lines(whole_run)
-    assert (run / "responses.jsonl").read_text() == (whole_run / "responses.jsonl").read_text()
+    for name in ("responses.jsonl", "problems.jsonl"):
+        assert (run / name).read_text() == (whole_run / name).read_text()
     want, got = weights(whole_run), weights(run)
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
 
