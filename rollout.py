@@ -610,11 +610,11 @@ def add_adapters(model: PreTrainedModel, folder: str, rank: int, freeze_vision: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
-    if folder:
-        set_peft_model_state_dict(model, load_peft_weights(folder, device=str(model.device)))
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+    if folder:
+        set_peft_model_state_dict(model, load_peft_weights(folder, device=str(model.device)))
 
 
 @contextlib.contextmanager

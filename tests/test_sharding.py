@@ -136,6 +136,17 @@ def test_a_run_may_go_on_with_another_number_of_processes(torchrun, small, whole
 
 
 @pytest.mark.slow
+def test_refill_does_not_depend_on_the_number_of_processes(torchrun, small, tmp_path):
+    """Three problems a batch over two ranks: which rank holds what changes from batch to batch of one rollout."""
+    options = [*small, "--prompts-per-rollout", "3", "--updates-per-rollout", "1", "--refill", "3", "--stage", "0-1"]
+    main([*options, "--out", str(tmp_path / "one")])
+    output, _ = torchrun("train.py", *options, "--out", str(tmp_path / "two")).communicate()
+    assert "accuracy, greedy" in output, output
+    close_to(tmp_path / "two", tmp_path / "one")
+    assert any(line.get("problems", 0) > 3 for line in lines(tmp_path / "one"))
+
+
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_others_with_its_error(torchrun, small, tmp_path):
     """And a rank to which no prompt fell hangs nobody: here a rollout is one prompt."""
     options = [*small, "--prompts-per-rollout", "1", "--updates-per-rollout", "1", "--test", ""]
