@@ -673,11 +673,11 @@ class Run:
         return self.pictures_seen([(self.records[g.record.id], g.prompt, g.samples[0].ids) for g in mine])
 
     def pictures_seen(self, looked_at: list[tuple[Record, Prompt, list[int]]]) -> dict:
-        """Of this rank's share of some problems as they were loaded, their prompts and a response each: how much grey
-        pictures change the log-probs of the responses; a warning where they do not. A collective."""
+        """Of those of some problems that fell to this rank, as they were loaded, of their prompts and a response each: how
+        much grey pictures change the responses' log-probs; a warning where they do not. A collective."""
         changes = [picture_effect(self.policy.sampler, self.policy.processor, prompt, ids, self.cfg.temperature)
                    if record.images and ids else None for record, prompt, ids in looked_at]
-        seen = mean(gather_shares(changes))
+        seen = mean(itertools.chain.from_iterable(gather_shares([changes])))
         if seen is not None and seen < UNSEEN and self.chief:
             tqdm.write(f"warning: the pictures are not seen: grey ones in their place change the log-probs of the "
                        f"responses by {seen:.1g} nats a token. Were they lost on the way, or the model's tower?")
