@@ -20,7 +20,7 @@ import curriculum
 import data
 import eval as evaluation
 import train
-from data import load_records, save_records
+from data import load_records, open_image, save_records
 
 FILES = ("data.py", "rewards.py", "rollout.py", "eval.py", "curriculum.py", "train.py")
 TEXT = (ROOT / "RECIPES.md").read_text()
@@ -172,3 +172,47 @@ def test_the_first_run_is_one_run():
                 given["--max-response-tokens"], given["--max-pixels"])
         written.add(given.get("--out"))
     assert len(COMMANDS) == 10 and sum("train.py" in command for command in COMMANDS) == 3
+
+
+@pytest.mark.slow
+def test_the_first_run_from_end_to_end(tmp_path, monkeypatch, test_set):
+    """The very commands, on the built-in model and its problems in the columns of Geometry3K."""
+    features = Features({"images": Sequence(Image()), "problem": Value("string"), "answer": Value("string")})
+    (tmp_path / "hub").mkdir()
+    for split, records in (("train", test_set[:60]), ("validation", test_set[60:68]), ("test", test_set[68:76])):
+        rows = [{"images": [open_image(record.images[0], "")], "problem": f"<image>{record.question}",
+                 "answer": record.golds[0]} for record in records]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"hub/{split}-00000-of-00001.parquet")
+    small = {"--max-tokens": "60", "--max-response-tokens": "60", "--max-prompt-tokens": "256", "--preset": "toy",
+             "--max-pixels": "50176", "--benchmark": "raw/geo3k-test.parquet", "--nproc-per-node": "1"}
+    programs = {"data.py": data.main, "curriculum.py": curriculum.main, "eval.py": evaluation.main}
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        program = next(word for word in command if word.endswith(".py"))
+        if "out/geo3k-lora" in " ".join(command) and not hasattr(train.Config(), "lora_rank"):
+            continue
+        words = [small.get(option, word) for option, word in zip(["", *command], command)]
+        words = [word.replace("hiyouga/geometry3k", "hub").replace("Qwen/Qwen2.5-VL-3B-Instruct", str(TOY / "model"))
+                 for word in words[words.index(program) + 1:]]
+        words = [str(trained(word)) if word.endswith("/CHECKPOINT") else word for word in words]
+        if program == "curriculum.py" and Path("ladder-geo3k").exists():
+            shutil.rmtree("ladder-geo3k")  # (that of one GPU, with other limits)
+        if program == "train.py":
+            train.main([*words, "--model", str(TOY / "model"), "--prompts-per-rollout", "16", "--updates-per-rollout",
+                        "2", "--eval-samples", "1", "--max-steps", "1"])
+            continue
+        monkeypatch.setattr("sys.argv", [program, *words])
+        sys.argv += ["--size", "24"] if program == "curriculum.py" else []
+        programs[program]()
+    for run in ("geo3k", "geo3k-random"):
+        [step] = [line for line in map(json.loads, Path(f"out/{run}/metrics.jsonl").open()) if "reward" in line]
+        assert step["signal"] > 0 and step["grad_norm"] > 0
+    [scores] = [json.loads(path.read_text()) for path in Path("out/eval").glob("geo3k-checkpoint*/scores.json")]
+    assert [(s["benchmark"], s["problems"]) for s in scores["scores"]] == [("geo3k-test", 8)]
+
+
+def trained(path: str) -> Path:
+    """out/RUN/CHECKPOINT -> the folder that the run's best.json names, or its only one."""
+    run = Path(path).parent
+    best = run / "best.json"
+    return run / json.loads(best.read_text())["checkpoint"] if best.exists() else max(run.glob("checkpoint-0*"))
