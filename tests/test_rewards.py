@@ -564,6 +564,21 @@ def test_group_rewards():
     assert control.advantages.tolist() == control.accuracy.tolist() and control.signal.tolist() == [True, False, True]
 
 
+def test_format_alone_teaches_nothing():
+    """A model that never answers right came to write perfect tags: its reward rose, and accuracy did not."""
+    good, bare, wrong = tagged("12"), "12", tagged("13")
+    texts = [[wrong, "13", wrong, "13"], [good, bare, good, bare], [good, bare, wrong, "13"]]
+    responses, lengths = score_groups(texts, [gold("12")] * 3, "observe"), torch.full((3, 4), 50)
+    out = group_rewards(responses, lengths)
+    assert out.accuracy.tolist() == [[0] * 4, [1] * 4, [1, 1, 0, 0]] and out.format.tolist() == [[1, 0, 1, 0]] * 3
+    assert out.advantages[:2].eq(0).all() and out.signal.tolist() == [False, False, True]
+    first, second, third, fourth = out.advantages[2].tolist()
+    assert first > second > 0 > third > fourth, "beside an answer it counts: half of what that does"
+    assert first - second == pytest.approx((first - third) / 2, abs=1e-5)
+    plain = group_rewards(responses, lengths, sigma=None).advantages
+    assert plain[0, 0] > 0.8 and plain[0, 1] < -0.8, "without the weight, as elsewhere, it is all that is learned"
+
+
 # --- observation -----------------------------------------------------------------------------------------------------
 
 def test_observation_accuracy():

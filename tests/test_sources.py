@@ -278,6 +278,64 @@ def test_mathv360k(tmp_path):
         "malformed row", "free text"]
 
 
+GEOMETRY3K = [  # golds as they are written there, what a model may write for each, and what it may not
+    ("48", ["48", "$48$", "48^\\circ", "48°", "48 degrees", "x = 48", "m\\angle A = 48^\\circ", "48.0", "\\text{48 cm}",
+            "AB = 48 \\text{ units}"], ["4.8", "48 or 132", "84", "48, 132", "48\\sqrt{2}", "not 48"]),
+    ("13.5", ["13.5", "\\frac{27}{2}", "27/2", "13 \\frac{1}{2}", "13.50 ft"], ["13", "13.6", "27"]),
+    ("2 \\sqrt { 221 }", ["2\\sqrt{221}", "2√221", "\\sqrt{884}", "2*sqrt(221)", "2 \\cdot \\sqrt{221}",
+                          "x = 2\\sqrt{221} \\approx 29.73", "2\\sqrt{221} \\text{ cm}"],
+     ["221", "2", "2\\sqrt{212}", "\\sqrt{221}", "4\\sqrt{221}", "29.73"]),
+    ("3 \\sqrt 2", ["3\\sqrt{2}", "\\sqrt{18}", "3√2"], ["3", "6", "\\sqrt{6}"]),
+    ("\\frac { 65 } { 63 }", ["\\frac{65}{63}", "\\dfrac{65}{63}", "65/63", "1 \\frac{2}{63}", "\\frac{130}{126}"],
+     ["\\frac{63}{65}", "65", "1.03"]),
+    ("22 / 3", ["\\frac{22}{3}", "22/3", "7\\frac{1}{3}"], ["22", "7.3", "\\frac{3}{22}"]),
+    ("\\frac { 2 \\sqrt { 2 } } { 5 }", ["\\frac{2\\sqrt{2}}{5}", "\\frac{2}{5}\\sqrt{2}", "\\frac{4}{5\\sqrt{2}}",
+                                         "(2√2)/5"], ["\\frac{2}{5}", "\\frac{\\sqrt{2}}{5}", "0.57"]),
+    ("12 \\pi", ["12\\pi", "12π", "12*pi", "12\\pi \\text{ cm}^2"], ["12", "37.7", "\\pi", "24\\pi"]),
+    ("\\frac { 5 } { 3 } \\pi", ["\\frac{5\\pi}{3}", "\\frac{5}{3}\\pi", "5π/3"], ["\\frac{5}{3}", "\\frac{3\\pi}{5}"]),
+    ("72 \\sqrt { 3 } - 24 \\pi", ["72\\sqrt{3} - 24\\pi", "24(3\\sqrt{3} - \\pi)", "-24π + 72√3"],
+     ["72\\sqrt{3}", "72\\sqrt{3} + 24\\pi", "24\\pi - 72\\sqrt{3}"])]
+
+
+@pytest.mark.parametrize("columns", [3, 6])
+def test_geometry3k(tmp_path, columns):
+    """This field's first run. The hub's copy had three columns, and has six: options that the question is not asked
+    with, and a letter, must not become either what is asked or the gold."""
+    features = {"images": datasets.Sequence(datasets.Image()), "problem": datasets.Value("string"),
+                "answer": datasets.Value("string"), "id": datasets.Value("int64"),
+                "choices": datasets.Sequence(datasets.Value("string")), "ground_truth": datasets.Value("string")}
+    rows = [{"images": [Image.new("RGB", (250, 251), "white")], "problem": f"<image>Find $m \\widehat{{A B}}$ in {i}.",
+             "answer": gold, "id": 2401 + i, "choices": ["30", gold, "7 \\pi", "80"], "ground_truth": "B"}
+            for i, (gold, *_) in enumerate(GEOMETRY3K)]
+    kept = dict(list(features.items())[:columns])
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_list([{key: row[key] for key in kept} for row in rows],
+                                           features=datasets.Features(kept))
+        table.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    records = load_records(f"{tmp_path}@test")
+    assert len(records) == len(rows) and not any(isinstance(verifiable(record), Dropped) for record in records)
+    for i, (record, (gold, right, wrong)) in enumerate(zip(records, GEOMETRY3K)):
+        assert (record.answer, record.choices) == (gold, ()) and record.answer_type in ("number", "math")
+        assert record.text == rows[i]["problem"] and open_image(record.images[0], "1").size == (250, 251)
+        assert record.id == str(2401 + i) or columns == 3
+        for answer, score in [*((one, 1) for one in right), *((one, 0) for one in wrong)]:
+            forms = (f"<answer>{answer}</answer>", f"So we have it.\n\n\\[\n\\boxed{{{answer}}}\n\\]",
+                     f"<answer>\\boxed{{{answer}}}</answer>", f"Therefore, the answer is:\n\n${answer}$")
+            assert [accuracy_reward(form, record) for form in forms] == [score] * 4, (gold, answer)
+    out = str(tmp_path / "geo3k.parquet")
+    report = save_usable(read_any(f"{tmp_path}@train"), out)
+    assert report["kept"] == len(rows) and load_records(out)[2].answer == "2 \\sqrt { 221 }"
+
+
+@pytest.mark.parametrize("gold, answer, precision, right", [
+    ("18.8", "18.81", None, 0), ("18.8", "6\\pi", None, 0), ("18.8", "18.81", 1, 1), ("18.8", "18.9", 1, 0),
+    ("0.53", "\\frac{8}{15}", None, 0), ("0.53", "\\frac{8}{15}", 2, 1)])
+def test_a_rounded_gold_is_met_by_its_digits_or_by_its_precision(gold, answer, precision, right):
+    """Geometry3K rounds some of its answers: .53 for 8/15. What is more exact is wrong unless the record says so."""
+    record = Record("r", "Find x.", gold, precision=precision)
+    assert accuracy_reward(f"<answer>{answer}</answer>", record) == right
+
+
 def test_sources_that_are_no_hub_data_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="clone GitHub's SceMQA/SceMQA"):
         read("scemqa", "SceMQA/SceMQA")
