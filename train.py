@@ -673,8 +673,8 @@ class Run:
         return self.pictures_seen([(self.records[g.record.id], g.prompt, g.samples[0].ids) for g in mine])
 
     def pictures_seen(self, looked_at: list[tuple[Record, Prompt, list[int]]]) -> dict:
-        """Of those of some problems that fell to this rank, as they were loaded, of their prompts and a response each: how
-        much grey pictures change the responses' log-probs; a warning where they do not. A collective."""
+        """Of a few problems as they were loaded, their prompts and a response each, those that this rank has: how much
+        grey pictures change the log-probs of the responses; a warning where they do not. A collective."""
         changes = [picture_effect(self.policy.sampler, self.policy.processor, prompt, ids, self.cfg.temperature)
                    if record.images and ids else None for record, prompt, ids in looked_at]
         seen = mean(itertools.chain.from_iterable(gather_shares([changes])))

@@ -107,6 +107,7 @@ def close_to(run: Path, whole: Path) -> None:
     """The same log, responses and weights, to rounding."""
     for got, want in zip(lines(run), lines(whole), strict=True):
         got.pop("sampler_gap", 0), want.pop("sampler_gap", 0)  # (rounding, and nothing else)
+        assert got.pop("picture_effect", 0) == pytest.approx(want.pop("picture_effect", 0), rel=1e-3)
         assert got == (want if "eval" in want else pytest.approx(want, rel=1e-3, abs=1e-5))
     texts = [[json.loads(line)["response"] for line in (folder / "responses.jsonl").read_text().splitlines()]
              for folder in (run, whole)]
