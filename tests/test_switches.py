@@ -229,8 +229,9 @@ def observe(stage, world: Path, options: str) -> dict:
     found |= {f"settings.{key}": value for key, value in json.loads((folder / "settings.json").read_text()).items()}
     found |= {f"generation.{key}": value for key, value in
               json.loads((folder / "generation_config.json").read_text()).items()}
-    saved = {path: load_file(path / "model.safetensors") for path in sorted(folder.glob("checkpoint-*"))}
-    before, after = load_file(TOY / "model/model.safetensors"), [*saved.values()][-1]
+    saved = sorted(folder.glob("checkpoint-*"))
+    before, after = ({key: value for file in path.glob("*.safetensors") for key, value in load_file(file).items()}
+                     for path in (TOY / "model", saved[-1]))
     found |= {
         "folder": folder.name, "steps": len(seen["lr"]), "tracked": tracked,
         "replica": policy.sampler is not policy.model,
@@ -238,7 +239,7 @@ def observe(stage, world: Path, options: str) -> dict:
         "checkpoints": [int(path.name[-6:]) for path in saved],
         "files": sorted(path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")),
         "trained": parts(name for name, p in policy.model.named_parameters() if p.requires_grad),
-        "moved": parts(name for name in before if not torch.equal(before[name], after[name])),
+        "moved": parts(name for name in after if name not in before or not torch.equal(before[name], after[name])),
         "checkpointed": any(getattr(part, "gradient_checkpointing", False) for part in policy.model.modules()),
         "optimizer": {key: value for key, value in policy.optimizer.defaults.items() if key != "lr"}}
     return {key: placed(value, folder, world) for key, value in found.items()}
@@ -325,6 +326,28 @@ def test_with_a_kl_too_a_run_that_goes_on_is_the_run_that_was_never_stopped(stag
     assert [line["ref_kl"] for line in lines(tmp_path / "whole") if "ref_kl" in line][1] > 1e-4
 
 
+def test_a_checkpoint_and_the_log_before_it_are_on_disk_when_it_gets_its_name(stage, world, tmp_path):
+    """Named first, a checkpoint that a power cut leaves empty is the newest, and the one before it may be gone."""
+    synced: list[str] = []
+    named: dict[str, tuple[set[str], set[str]]] = {}  # checkpoint -> what is in it and the logs; what was synced then
+    rename = os.replace
+
+    def noted(source, target):
+        if "checkpoint-" in str(target):
+            inside = [*Path(source).rglob("*"), Path(source), *Path(source).parent.glob("*.jsonl")]
+            named[Path(target).name] = {str(path) for path in inside}, {*synced}
+            synced.clear()
+        rename(source, target)
+
+    stage.setattr(os, "fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    stage.setattr(os, "replace", noted)
+    run = tmp_path / "run"
+    main(f"{BASE} --max-steps 1 --out {run}".replace("WORLD", str(world)).split())
+    [(there, on_disk)] = named.values()
+    assert len(there) > 8 and there <= on_disk
+    assert str(run) in synced, "the name itself"
+
+
 @pytest.fixture(scope="module")
 def work(processor, shipped, test_set) -> tuple[list[Group], list[list[Response]], Rewards]:
     """Two groups of three responses, sampled at a temperature of .7; advantages made up."""
@@ -373,6 +396,17 @@ def test_a_gradient_reaches_the_optimizer_at_the_norm_it_may_have(model, process
     for most in (.01, 1e9):
         stats = update(Policy(model, model, None, optimizer, processor), *work, [.2], replace(cfg, grad_clip=most))
     assert norms == pytest.approx([.01, stats["grad_norm"]], rel=1e-3) and stats["grad_norm"] > .1 and rates == [.2, .2]
+
+
+def test_an_infinite_gradient_leaves_the_weights_alone(model, processor, work):
+    """The loss is finite; scaled to its norm, the gradient would be 0 everywhere and nan where it was infinite."""
+    before = copy.deepcopy(model.state_dict())
+    policy = Policy(model, model, None, torch.optim.SGD(model.parameters()), processor)
+    for factor in (math.inf, math.nan):  # (on the hook of the turn before too: nan)
+        model.model.language_model.norm.weight.register_hook(lambda gradient, factor=factor: gradient * factor)
+        with pytest.raises(FloatingPointError, match="gradient's norm is"):
+            update(policy, *work, [.1], Config(temperature=.7, micro_tokens=4096, max_response_tokens=20))
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_the_optimizer_is_adamw_of_the_papers_settings(processor):
