@@ -58,7 +58,8 @@ CASES = {
     "preset": Case("--preset 3b", {}, "--preset toy --max-pixels 50176 --max-prompt-tokens 256 --bonus-floor 40 "
                    "--max-response-tokens 160 --lr 1e-4 --no-gradient-checkpointing --micro-tokens 8192 "
                    "--rollout-rows 64 --save-every 10 --model WORLD/model"),  # (what is given beside it prevails)
-    "model": Case("--model WORLD/model", {"Processor.path": "WORLD/model", "load_trainer.source": "WORLD/model"}),
+    "model": Case("--model WORLD/model", {"Processor.path": "WORLD/model", "load_trainer.source": "WORLD/model",
+                                            "load_trainer.start": "WORLD/model"}),
     "data": Case("--data WORLD/b.parquet", {"load_records.path_or_id": ("WORLD/b.parquet", "WORLD/a.parquet")}),
     "test": Case("--test WORLD/b.parquet", {"load_records.path_or_id": ("WORLD/ladder.parquet", "WORLD/b.parquet"),
                                             "check_records.records": 8, "roll_out.records": 8}),
@@ -70,6 +71,20 @@ CASES = {
         "roll_out.name": ("step000002-greedy", "step000002-sampled"), "roll_out.temperature": (0, 1),
         "roll_out.samples": (1, 4), "save_checkpoint.step": 2, "encode_ahead.batches": 1}, first="--max-steps 1"),
     "skip_bad": Case("--skip-bad", {"load_records.skip_bad": True, "check_records.skip_bad": True}),
+    "limit": Case("--limit 6", {  # of each batch three problems, and so of its second update none with a signal
+        "check_records.records": (6, 2), "Curriculum.records": 6, "sample_groups.records": 3,
+        "sample_groups.prompts": 3, "judge.groups": 3, "group_rewards.responses": 3, "response_logprobs.rows": 2,
+        "grpo_loss.num_tokens": 36, "grpo_loss.num_sequences": 6, "lr": pytest.approx((1e-4, .775e-4)), "steps": 2,
+        "batches": ANY}),
+    "epochs": Case("--epochs 2", {
+        "Curriculum.epochs": 2, "batches": ANY, "steps": 8, "sample_groups.seed": (1, 2, 3, 4),
+        "encode_ahead.batches": 4, "grpo_loss.num_tokens": (36, 18) * 4, "grpo_loss.num_sequences": (6, 3) * 4,
+        "response_logprobs.rows": (1, 2) * 4 + (1,), "save_checkpoint.step": (1, 2, 3, 4), "checkpoints": [1, 3, 4],
+        "roll_out.name": ANY, "lr": ANY}),
+    "refill": Case("--refill 2", {"group_rewards.responses": (2, 4, 2, 4), "lr": ANY}, "--prompts-per-rollout 2"),
+    "ratio": Case("--ratio sequence", {"grpo_loss.ratio_of": "sequence"}),
+    "tis_cap": Case("--tis-cap 2", {"grpo_loss.tis_cap": 2}),
+    "lora_rank": Case("--lora-rank 4", {"load_trainer.lora_rank": 4}),
     "stage": Case("--stage 0-1", {"Curriculum.stages": range(0, 2)}),
     "order": Case("--order reverse", {"Curriculum.order": "reverse", "batches": ANY}),
     "prompt": Case("--prompt think", {f"{name}.style": "think" for name in (
@@ -97,7 +112,7 @@ CASES = {
     "clip_high": Case("--clip-high .3", {"grpo_loss.clip_high": .3}),
     "aggregation": Case("--aggregation constant", {"grpo_loss.aggregation": "constant"}),
     "kl_coef": Case("--kl-coef .1", {  # and all groups are forwarded, by two models
-        "load_trainer.reference": str(TOY / "model"), "grpo_loss.kl_coef": .1, "grpo_loss.ref_logprobs": "Tensor",
+        "load_trainer.kl": True, "grpo_loss.kl_coef": .1, "grpo_loss.ref_logprobs": "Tensor",
         "grpo_loss.num_tokens": 36, "grpo_loss.num_sequences": 6, "response_logprobs.rows": 2}),
     "count_no_signal": Case("--count-no-signal", {"grpo_loss.num_tokens": 36, "grpo_loss.num_sequences": 6}),
     "mask_truncated": Case("--mask-truncated", {"grpo_loss.num_tokens": (22, 11, 22, 11),  # without those of 7 tokens
@@ -125,7 +140,7 @@ CASES = {
         "roll_out.samples": (1, 4, 1), "save_checkpoint.step": 1, "checkpoints": [1], "encode_ahead.batches": 1,
         "files": ANY}),  # (no scores.json)
     "tracker": Case("--tracker tensorboard", {"Accelerator.log_with": "tensorboard", "tracked": [1, 2]}),
-    "seed": Case("--seed 3", {"Curriculum.seed": 3, "sample_groups.seed": (3_000_010, 3_000_011), "batches": ANY}),
+    "seed": Case("--seed 3", {"Curriculum.seed": 3, "load_trainer.seed": 3, "sample_groups.seed": (3_000_010, 3_000_011), "batches": ANY}),
 }
 
 
