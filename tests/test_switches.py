@@ -140,7 +140,8 @@ CASES = {
         "roll_out.samples": (1, 4, 1), "save_checkpoint.step": 1, "checkpoints": [1], "encode_ahead.batches": 1,
         "files": ANY}),  # (no scores.json)
     "tracker": Case("--tracker tensorboard", {"Accelerator.log_with": "tensorboard", "tracked": [1, 2]}),
-    "seed": Case("--seed 3", {"Curriculum.seed": 3, "load_trainer.seed": 3, "sample_groups.seed": (3_000_010, 3_000_011), "batches": ANY}),
+    "seed": Case("--seed 3", {"Curriculum.seed": 3, "load_trainer.seed": 3,
+                              "sample_groups.seed": (3_000_010, 3_000_011), "batches": ANY}),
 }
 
 
