@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import ANY
@@ -28,14 +29,17 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import curriculum
+import eval as eval_
+import rollout
 import train
 from curriculum import build_ladder, level_of
 from data import Record, load_records, save_records
 from eval import Result, evaluate, judge
 from rewards import Response, Rewards, group_rewards, score_groups
-from rollout import Group, Policy, Sample, load_trainer, sample_groups, stop_processes
+from rollout import Group, Policy, Sample, load_policy, load_trainer, sample_groups, stop_processes
 from train import Config, grpo_loss, main, parse_config, update
 
+MODEL = str(TOY / "model")
 BASE = ("--prompts-per-rollout 4 --group-size 3 --updates-per-rollout 2 --data WORLD/ladder.parquet "
         "--test WORLD/a.parquet")
 WATCHED = ("start_processes Processor load_records check_records Curriculum load_trainer encode_ahead sample_groups "
@@ -158,6 +162,9 @@ def world(tmp_path_factory, test_set) -> Path:
     save_records(str(folder / "a.parquet"), test_set[:2])
     shutil.copy(folder / "ladder.parquet", folder / "b.parquet")
     (folder / "model").symlink_to(TOY / "model")
+    save_records(str(folder / "raw.parquet"), [replace(r, difficulty=None, complexity=None) for r in records])
+    shutil.copy(folder / "raw.parquet", folder / "more.parquet")
+    (folder / "review.csv").write_text("id,decision,new_gold\n")
     return folder
 
 
@@ -180,9 +187,24 @@ def answered(folder, name, records, load, attempt=None, *, samples, **_) -> list
     return [Result(r, [Response(None, 0, 0, None, "", 3, False)] * samples) for r in records]
 
 
+LOADED: dict = {}  # the shipped model, by how it was loaded
+READ = cache(load_records)
+
+
 @pytest.fixture
 def stage(monkeypatch):
-    """Stand-ins for what takes long: sampling, answering, drawing, the disk, listing what is installed."""
+    """Stand-ins for what takes long: sampling, answering, drawing, the disk, listing what is installed, and reading
+    the same again."""
+    def load(path, device="cpu", **given):
+        key = str((path, device, given))
+        if not path.startswith(MODEL):
+            return load_policy(path, device, **given)
+        LOADED[key] = LOADED.get(key) or load_policy(path, device, **given)
+        return copy.deepcopy(LOADED[key])
+
+    monkeypatch.setattr(rollout, "load_policy", load)
+    for module in (train, curriculum):
+        monkeypatch.setattr(module, "load_records", READ)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for name, stand_in in {"sample_groups": made_up, "roll_out": answered, "environment": dict,
                            "plot_curves": lambda *_: None, "write_responses": lambda *_: None}.items():
@@ -195,7 +217,8 @@ def told(value):
     """What is kept of an argument: a plain value, how many a list holds, that there is a tensor; else None."""
     if isinstance(value, torch.Tensor):
         return "Tensor"
-    return value if isinstance(value, (int, float, str, range)) else len(value) if isinstance(value, list) else None
+    value = str(value) if isinstance(value, Path) else len(value) if isinstance(value, list) else value
+    return value if isinstance(value, (int, float, str, range)) else None
 
 
 def watch(monkeypatch, seen: dict[str, list], name: str, signature: inspect.Signature, where=train) -> None:
@@ -239,9 +262,7 @@ def observe(stage, world: Path, options: str) -> dict:
     hook.remove()
     [folder] = [path.parent for path in (world / "out").glob("*/settings.json")]
     policy, order = seen["load_trainer"][0], seen["Curriculum"][0]
-    found = {key: [value for value, _ in itertools.groupby(values)] for key, values in seen.items()
-             if "." in key or key == "lr"}
-    found = {key: values[0] if len(values) == 1 else tuple(values) for key, values in found.items()}
+    found = in_turn(seen)
     found |= {f"settings.{key}": value for key, value in json.loads((folder / "settings.json").read_text()).items()}
     found |= {f"generation.{key}": value for key, value in
               json.loads((folder / "generation_config.json").read_text()).items()}
@@ -261,6 +282,13 @@ def observe(stage, world: Path, options: str) -> dict:
     return {key: placed(value, folder, world) for key, value in found.items()}
 
 
+def in_turn(seen: dict[str, list]) -> dict:
+    """The values of each argument, one for equal neighbours; without the results of calls."""
+    found = {key: tuple(value for value, _ in itertools.groupby(values)) for key, values in seen.items()
+             if "." in key or key == "lr"}
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
 def parts(names) -> list[str]:
     return sorted({"visual" if "visual" in name else "language_model" for name in names})
 
@@ -272,7 +300,7 @@ def placed(value, folder: Path, world: Path):
     return value.replace(str(folder), "OUT").replace(str(world), "WORLD") if isinstance(value, str) else value
 
 
-BASES: dict[str, dict] = {}  # what is seen of the runs that the cases are compared with, by what is given to both
+BASES: dict = {}  # what is seen of the runs that the cases are compared with, by what is given to both, or program
 
 
 @pytest.mark.run
@@ -298,7 +326,7 @@ def test_defaults_are_the_papers_but_for_the_row_of_a_preset():
     toy, small, large = (vars(parse_config(["--preset", name, "--data", "d"])) for name in ("toy", "3b", "7b"))
     paper = vars(Config())
     assert {key: toy[key] for key in toy if toy[key] != paper[key]} == {
-        "model": str(TOY / "model"), "data": "d", "test": str(TOY / "test.parquet"), "max_pixels": 50176,
+        "model": MODEL, "data": "d", "test": str(TOY / "test.parquet"), "max_pixels": 50176,
         "max_prompt_tokens": 256, "max_response_tokens": 160, "bonus_floor": 40, "prompts_per_rollout": 16,
         "updates_per_rollout": 1, "lr": 1e-4, "gradient_checkpointing": False, "micro_tokens": 8192, "out": ANY}
     for name, got, rows in (("3b", small, 64), ("7b", large, 32)):
@@ -312,6 +340,98 @@ def test_a_folder_is_named_by_what_tells_runs_apart():
     assert parse_config([]).out == "out/toy-ladder-observe-seed0"
     options = "--preset 7b --data d --order random --prompt think --seed 5"
     assert parse_config(options.split()).out == "out/7b-random-think-seed5"
+
+
+# --- the options of the other programs -------------------------------------------------------------------------------
+
+PROGRAMS = {  # what is given to all of their runs, and what of theirs is watched
+    curriculum: (f"--data WORLD/raw.parquet --model {MODEL} --size 2", "Processor load_records check_records "
+                 "load_to_sample roll_out low_complexity_cut build_ladder read_corrections"),
+    eval_: (f"--model {MODEL} --benchmark WORLD/a.parquet",
+            "Processor read_benchmark raise_or_skip load_to_sample roll_out")}
+OPTIONS = {
+    curriculum: {
+        "data": Case("--data WORLD/more.parquet", {"load_records.path_or_id": "WORLD/more.parquet"}),
+        "model": Case("--model WORLD/model", {"Processor.path": "WORLD/model", "load_to_sample.path": "WORLD/model"}),
+        "out": Case("--out WORLD/out/elsewhere", {"folder": "elsewhere"}),
+        "filter_model": Case("--filter-model WORLD/model", {"Processor.path": ANY,
+                                                            "load_to_sample.path": ("WORLD/model", MODEL)}),
+        "keep_simple": Case("--keep-simple", {
+            "roll_out.name": "rollouts", "roll_out.samples": 8, "roll_out.temperature": 1, "roll_out.style": "observe",
+            "roll_out.max_tokens": 8192}),
+        "corrections": Case("--corrections WORLD/review.csv", {"read_corrections.path": "WORLD/review.csv",
+                                                               "read_corrections.records": 8}),
+        "low_complexity": Case("--low-complexity .5", {"low_complexity_cut.quantile": .5}),
+        "min_complexity": Case("--min-complexity 9", {"low_complexity_cut.least": 9}),
+        "size": Case("--size 3", {"build_ladder.size": 3}),
+        "limit": Case("--limit 7", {"load_records.limit": 7} | dict.fromkeys(
+            [f"{name}.records" for name in ("check_records", "roll_out", "low_complexity_cut", "build_ladder")], 7)),
+        "skip_bad": Case("--skip-bad", {"load_records.skip_bad": True, "check_records.skip_bad": True}),
+        "seed": Case("--seed 4", {"roll_out.seed": -5, "build_ladder.seed": 4}),
+        "prompt": Case("--prompt think", {"check_records.style": "think", "roll_out.style": ("none", "think")}),
+        "temperature": Case("--temperature .7", {"roll_out.temperature": (0, .7)}),
+        "max_tokens": Case("--max-tokens 999", {"roll_out.max_tokens": (128, 999)}),
+        "max_pixels": Case("--max-pixels 40000", {"Processor.max_pixels": 40000, "load_to_sample.max_pixels": 40000}),
+        "rows": Case("--rows 9", {"roll_out.max_rows": 9})},
+    eval_: {
+        "model": Case("--model WORLD/model", {"Processor.path": "WORLD/model", "load_to_sample.path": "WORLD/model"}),
+        "benchmark": Case("--benchmark WORLD/b.parquet", {
+            "read_benchmark.spec": "WORLD/b.parquet", "roll_out.name": "b-observe-greedy", "roll_out.records": 8,
+            "raise_or_skip.name": "b", "raise_or_skip.good": 8}),
+        "prompt": Case("--prompt think,none", {"roll_out.name": ("a-think-greedy", "a-none-greedy"),
+                                               "roll_out.style": ("think", "none")}),
+        "temperature": Case("--temperature .7", {"roll_out.temperature": .7, "roll_out.name": "a-observe-T=0.7"}),
+        "samples": Case("--samples 3", {"roll_out.samples": 3, "roll_out.temperature": 1,
+                                        "roll_out.name": "a-observe-T=1"}),
+        "max_tokens": Case("--max-tokens 99", {"roll_out.max_tokens": 99}),
+        "max_pixels": Case("--max-pixels 40000", {"Processor.max_pixels": 40000, "load_to_sample.max_pixels": 40000}),
+        "rows": Case("--rows 9", {"roll_out.max_rows": 9}),
+        "limit": Case("--limit 1", {"read_benchmark.limit": 1, "roll_out.records": 1, "raise_or_skip.good": 1}),
+        "skip_bad": Case("--skip-bad", {"raise_or_skip.skip_bad": True}),
+        "seed": Case("--seed 4", {"roll_out.seed": 4}),
+        "out": Case("--out WORLD/out/elsewhere", {"folder": "elsewhere"})}}
+ELSEWHERE = {"sampling_seed", "responses"}  # (made of --seed; test_benchmarks.py)
+
+
+def told_of(module, stage, world: Path, options: str) -> dict:
+    """Run a program with these options -> all that was seen of it; nothing is sampled."""
+    def answers(folder, name, records, load, *, samples, **_):  # the first is wrong: none is simple
+        load()
+        return [Result(r, [Response("x", float(0 < g <= i), 0, None, "", 5, False) for g in range(samples)])
+                for i, r in enumerate(records)]
+
+    seen: dict[str, list] = defaultdict(list)
+    given, names = PROGRAMS[module]
+    shutil.rmtree(world / "out", ignore_errors=True)
+    with stage.context() as patch:
+        for name in names.split():
+            signature = SIGNATURES[name] if name in SIGNATURES else inspect.signature(getattr(module, name))
+            if stand_in := {"roll_out": answers, "load_to_sample": lambda *_: (None, None)}.get(name):
+                patch.setattr(module, name, stand_in)
+            watch(patch, seen, name, signature, module)
+        command = f"{module.__name__}.py {given} --out WORLD/out/run {options}".replace("WORLD", str(world))
+        patch.setattr(sys, "argv", command.split())
+        module.main()
+    [folder] = [path.parent for path in (world / "out").glob("*/settings.json")]
+    return {key: placed(value, folder, world) for key, value in (in_turn(seen) | {"folder": folder.name}).items()}
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module in OPTIONS for name in OPTIONS[module]])
+def test_an_option_changes_what_it_says_and_nothing_else(stage, world, module, name):
+    """Hours of measuring or answering with another setting than the command's, and than the card's."""
+    if module not in BASES:
+        BASES[module] = told_of(module, stage, world, "")
+    base, got = BASES[module], told_of(module, stage, world, OPTIONS[module][name].option)
+    changed = {key: got.get(key) for key in base | got if base.get(key) != got.get(key)}
+    assert changed == OPTIONS[module][name].differs
+
+
+def test_every_option_has_a_case(monkeypatch):
+    """A new option that is parsed, and then forgotten."""
+    monkeypatch.setattr(sys, "argv", "x --data d --model m --out o".split())
+    assert set(vars(curriculum.parse_args())) - ELSEWHERE == set(OPTIONS[curriculum])
+    monkeypatch.setattr(sys, "argv", ["x"])
+    assert set(vars(eval_.parse_args())) - ELSEWHERE == set(OPTIONS[eval_])
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -427,7 +547,7 @@ def test_an_infinite_gradient_leaves_the_weights_alone(model, processor, work):
 
 def test_the_optimizer_is_adamw_of_the_papers_settings(processor):
     """torch's own, betas of .9 and .999 and a weight decay of .01, trains too, and otherwise."""
-    policy = load_trainer(str(TOY / "model"), processor, torch.device("cpu"), lr=3e-5, freeze_vision=True)
+    policy = load_trainer(MODEL, processor, torch.device("cpu"), lr=3e-5, freeze_vision=True)
     [group] = policy.optimizer.param_groups
     assert type(policy.optimizer) is torch.optim.AdamW
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (3e-5, (.9, .95), 0, 1e-8)
@@ -441,7 +561,7 @@ def test_problems_are_measured_as_the_command_says(monkeypatch, shipped, process
     """Measured greedily, at temperature 1, in another style or with another seed, difficulties are another policy's."""
     records = sorted((replace(r, difficulty=None, complexity=None) for r in test_set[8:10]), key=lambda r: r.id)
     save_records(str(tmp_path / "raw.parquet"), records)
-    options = (f"--data {tmp_path / 'raw.parquet'} --out {tmp_path / 'out'} --model {TOY / 'model'} --keep-simple "
+    options = (f"--data {tmp_path / 'raw.parquet'} --out {tmp_path / 'out'} --model {MODEL} --keep-simple "
                "--size 1 --temperature .7 --max-tokens 90 --prompt think --seed 4 --low-complexity 0")
     monkeypatch.setattr(sys, "argv", ["curriculum.py", *options.split()])
     curriculum.main()
