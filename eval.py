@@ -51,7 +51,7 @@ from tqdm import tqdm
 from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Made, Picture, Processor, Record, Rows, batches,
                   file_rows, in_threads, json_list, number, open_image, parsed, raise_or_skip, read_any, read_cells,
                   run_program, stored, verifiable)
-from rewards import (MAX_ANSWER, TAGS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
+from rewards import (MAX_ANSWER, SECTIONS, THINGS, Response, named_option, normal_text, parse_items, quantity, score,
                      score_groups, section, sides, stated)
 from rollout import (Group, encode_ahead, gather_shares, load_to_sample, on_rank_0, rank_and_world, sample_groups,
                      start_processes, stop_processes)
@@ -90,10 +90,10 @@ def judge(groups: list[Group], style: str, processor: Processor | None = None) -
 
 
 def count_sections(text: str, processor: Processor | None) -> dict[str, int] | None:
-    """Tokens inside <observe>, <think> and <answer>, of those that are there."""
+    """Tokens inside the tags, <observe>, <think>, <answer>, of those that are there."""
     if processor is None:
         return None
-    parts = {tag: section(text, tag) for tag in TAGS["observe"]}
+    parts = {tag: section(text, tag) for tag in SECTIONS}
     return {tag: count_tokens(part, processor) for tag, part in parts.items() if part}
 
 
@@ -298,7 +298,7 @@ def part_scores(benchmark: str, results: list[Result], mean_over: str) -> dict:
 def section_lengths(results: list[Result], whole: float | None) -> dict[str, dict[str, float]]:
     """Mean tokens inside <observe>, <think> and <answer>, and their share of the whole; {} where not counted."""
     found = {}
-    for tag in TAGS["observe"]:
+    for tag in SECTIONS:
         length = mean(mean(r.sections.get(tag, 0) for r in result.responses if r.sections is not None)
                       for result in results)
         if length is not None and whole:
@@ -402,7 +402,7 @@ def tables(scores: list[dict]) -> str:
     many = any(s["samples"] > 1 for s in scores)
     header = ["benchmark", "prompt", "sampling", "problems", "accuracy %, 95% interval",
               *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
-              "of these <observe> / <think> / <answer>", "cut off %"]
+              f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}", "cut off %"]
     texts = [markdown(header, [row_of(s, many) for s in scores])]
     for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
         texts.append(parts_table(benchmark, [s for s in scores if s["benchmark"] == benchmark]))

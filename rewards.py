@@ -157,8 +157,8 @@ PROMPTS: dict[str, str] = {
                "then write only the final answer inside <answer> </answer>.",
 }
 TAGS: dict[str, Texts] = {style: tuple(re.findall(r"<(\w+)>", prompt)) for style, prompt in PROMPTS.items()}
-TAG = re.compile(  # misspelt ones count as tags too
-    rf"(<\s*(?:/\s*)?(?:{'|'.join(tag for tags in TAGS.values() for tag in tags)})\b[^<>]*>)", re.IGNORECASE)
+SECTIONS = tuple(dict.fromkeys([*TAGS["observe"], *(tag for tags in TAGS.values() for tag in tags)]))  # of all styles
+TAG = re.compile(rf"(<\s*(?:/\s*)?(?:{'|'.join(SECTIONS)})\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count too
 
 
 def format_reward(text: str, style: str = "observe") -> float:

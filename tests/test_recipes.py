@@ -78,6 +78,12 @@ print([r.repeated for r in group], rewards.group_rewards([group], torch.tensor([
 """  # (of a text without tags nothing else pays: an answer and then more is none)
 
 
+CAPTIONED = """from rewards import format_reward
+print(*(format_reward(text, "caption") for text in (
+    "<caption>a</caption> <answer>3</answer>", "<answer>3</answer>", "<caption>a</CAPTION> <answer>3</answer>")))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, diff, command", RECIPES, ids=[name.split(":")[0] for name, _, _ in RECIPES])
 def test_recipe(name, diff, command, tmp_path):
@@ -108,7 +114,11 @@ def test_recipe(name, diff, command, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (tmp_path / "run/responses.jsonl").read_text().splitlines()]
     shown = [line for line in lines if (line["step"], line["id"]) == (1, lines[0]["id"])]
-    if name.startswith("A new reward"):
+    if name.startswith("A new prompt style"):
+        told = subprocess.run([sys.executable, "-c", CAPTIONED], cwd=tmp_path, capture_output=True, text=True)
+        assert told.stdout == "1.0 0.0 0.0\n", told.stderr
+        assert json.loads((tmp_path / "run/settings.json").read_text())["prompt"] == "caption"
+    elif name.startswith("A new reward"):
         assert any(r["reward"] > r["accuracy"] + .5 * r["format"] + r["bonus"] + 1e-6 for r in shown)
     elif name.startswith("A reward that reads"):
         told = subprocess.run([sys.executable, "-c", REPEATED], cwd=tmp_path, capture_output=True, text=True)
@@ -127,7 +137,7 @@ def test_recipe(name, diff, command, tmp_path):
 
 
 def test_all_recipes_are_found():
-    assert len(RECIPES) == TEXT.count("```diff") == 6
+    assert len(RECIPES) == TEXT.count("```diff") == 7
 
 
 FIRST_RUN = TEXT.partition("\n## Geometry3K")[2].replace("\\\n", "")
@@ -189,8 +199,6 @@ def test_the_first_run_from_end_to_end(tmp_path, monkeypatch, test_set):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         program = next(word for word in command if word.endswith(".py"))
-        if "out/geo3k-lora" in " ".join(command) and not hasattr(train.Config(), "lora_rank"):
-            continue
         words = [small.get(option, word) for option, word in zip(["", *command], command)]
         words = [word.replace("hiyouga/geometry3k", "hub").replace("Qwen/Qwen2.5-VL-3B-Instruct", str(TOY / "model"))
                  for word in words[words.index(program) + 1:]]
