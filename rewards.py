@@ -378,8 +378,8 @@ def lone_answer(text: str) -> list[str]:
         return []
     concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", last)[-1].strip("*"))
     so = len(lines) > 1 or re.match(r"(?i)(?:.*\. )?(?:so|therefore|thus|hence|因此|所以)\b", text)
-    if concluded and (concluded[2] or so and quantity(concluded[1], nouns=True)):
-        return [concluded[1] or concluded[2]]
+    if concluded and (concluded[2] or so and (quantity(concluded[1], nouns=True) or formula(concluded[1]))):
+        return [concluded[2] or re.sub(r"^(?:\$+|\\[(\[])|\s*(?:\$+|\\[)\]])?[.\s]*$", "", concluded[1])]
     if len(lines) == 1 or re.match(r"\\\[|\$\$", text):
         count = len(text.split())
         return [text] if lettered or count < 5 or count < 9 and not text.endswith(".") else []
@@ -390,6 +390,11 @@ def lone_answer(text: str) -> list[str]:
     if quantity(last):
         return [] if quantity(lines[-2]) else [last]
     return [last] if re.fullmatch(alone, last) else []
+
+
+def formula(text: str) -> bool:
+    """Has it a formula's signs, and no word?"""
+    return bool(MATH.search(text)) and not re.search(r"[^\W\d]{2}", re.sub(r"\\[a-zA-Z]+", " ", text))
 
 
 def only_option(text: str, choices: Texts) -> list[str]:
@@ -600,7 +605,7 @@ AS_LATEX = (  # a plain formula -> as math-verify reads it; then come the SIGNS
 UNFINISHED = re.compile(r"[\d)]\s*[+*×·÷-]\s*[\d(]|/\s*\d+\s*/")  # 3*4 is no answer, 3*4 = 12 is
 ABOUT = re.compile(r"(?i)(?:equal to|approximately|approx\.?|about|around|roughly|exactly) ")
 NAME = re.compile(r"(?!.*\b(?:or|not?|and|whether|if|wrong|doubt|question)\b)(?:(?=[^\W\d]|[∠△|\\])"  # the x of x = 12
-                  r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|[\s∠△|+/·'-])*)?")
+                  r"(?:[^\W\d]|\(\w+\)|_\{[^{}]*\}|\\\w+ *\{[^{}\d]*\}|∠ *\d+|[\s∠△|+/·'-])*)?")
 MATH = re.compile(rf"""[\\^_=+*<>{{}}\[\]|√π∞≤≥≠≈×÷·±∠△∪∩∈]|[a-z\d]!|(?<![A-Za-z])\d[a-zA-Zα-ω]\b
     |\d(?!st|nd|rd|th|am|pm)[a-z]{{2,3}}\b|\b[a-z]\s*-\s*(?:\d|[a-z]\b)|\d\s*-\s*[a-z]\b|\b[a-z]\(|\b[a-z]{{1,2}}/[a-z\d]{{1,2}}\b|\d/[a-z]\b
     |\b(?:{FUNCTION})\b""", re.VERBOSE)  # signs that a text is a formula

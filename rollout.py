@@ -415,21 +415,6 @@ def response_logprobs(model: PreTrainedModel, processor: Processor, rows: list[P
     return nothing.masked_scatter(mask, logp), nothing.masked_scatter(mask, entropy), mask
 
 
-@torch.no_grad()
-def picture_effect(model: PreTrainedModel, processor: Processor, prompt: Prompt, response: list[int],
-                   temperature: float) -> float:
-    """Is the picture seen? Mean |change| of the log-probs of a response's tokens, in nats, when grey pictures of the
-    same size stand in the prompt; 0.0 where it has none."""
-    if prompt.pixels is None:
-        return 0.0
-    scale = zip(processor.image_processor.image_mean, processor.image_processor.image_std)
-    grey = torch.tensor([(0.5 - mean) / std for mean, std in scale])  # [C]; a patch lies channel after channel
-    grey = grey.repeat_interleave(prompt.pixels.shape[1] // len(grey)).expand_as(prompt.pixels)
-    seen, blind = (response_logprobs(model, processor, [Packed(each, [response])], temperature)[0]
-                   for each in (prompt, replace(prompt, pixels=grey)))
-    return (seen - blind).abs().mean().item()
-
-
 # === the fold: below, attention, memory, how a policy is loaded, and how several processes share it ===================
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -544,6 +529,21 @@ def encode_ahead(processor: Processor, batches: Iterable[list[Record]], style: s
             yield [prompt.result() for prompt in coming]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@torch.no_grad()
+def picture_effect(model: PreTrainedModel, processor: Processor, prompt: Prompt, response: list[int],
+                   temperature: float) -> float:
+    """Is the picture seen? Mean |change| of the log-probs of a response's tokens, in nats, when grey pictures of the
+    same size stand in the prompt; 0.0 where it has none."""
+    if prompt.pixels is None:
+        return 0.0
+    scale = zip(processor.image_processor.image_mean, processor.image_processor.image_std)
+    grey = torch.tensor([(0.5 - mean) / std for mean, std in scale])  # [C]; a patch lies channel after channel
+    grey = grey.repeat_interleave(prompt.pixels.shape[1] // len(grey)).expand_as(prompt.pixels)
+    seen, blind = (response_logprobs(model, processor, [Packed(each, [response])], temperature)[0]
+                   for each in (prompt, replace(prompt, pixels=grey)))
+    return (seen - blind).abs().mean().item()
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------

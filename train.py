@@ -333,38 +333,6 @@ def main(args: list[str] | None = None) -> None:
     stop_processes()
 
 
-@dataclass
-class Rollout:
-    """What one step learns from: a batch; with --refill (DAPO's dynamic sampling) up to so many of one stage."""
-
-    batches: list[Batch] = field(default_factory=list)
-    groups: list[Group | None] = field(default_factory=list)  # of each problem; None: another rank sampled it
-    responses: list[list[Response]] = field(default_factory=list)  # [P][G], on every rank
-    seconds: dict[str, float] = field(default_factory=dict)  # spent on pictures, rollout, reward, update
-    clock: float = field(default_factory=time.perf_counter)
-
-    @property
-    def records(self) -> list[Record]:
-        return [record for batch in self.batches for record in batch.records]
-
-    def ends(self, name: str) -> None:
-        """Count the time since the last call as spent on this."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
-        self.clock = now
-
-    def add(self, batch: Batch, groups: list[Group], responses: list[list[Response]]) -> None:
-        """groups: this rank's share, every world-th of the batch; responses: to all of it."""
-        rank, world = rank_and_world()
-        self.batches.append(batch)
-        self.groups += [groups[p // world] if p % world == rank else None for p in range(len(responses))]
-        self.responses += responses
-
-    def wants_more(self, rewards: Rewards, cfg: Config) -> bool:
-        """Have fewer than P groups a signal, and may another batch be sampled?"""
-        return len(self.batches) < cfg.refill and int(rewards.signal.sum()) < cfg.prompts_per_rollout
-
-
 def sample(policy: Policy, records: list[Record], prompts: list[Prompt], step: int, cfg: Config) -> list[Group]:
     """G responses to each record, with random numbers of their own: of seed, step, record and place in the group."""
     return sample_groups(policy.sampler, policy.processor, records, prompts, samples=cfg.group_size,
@@ -591,6 +559,40 @@ def load_problems(cfg: Config, processor: Processor) -> tuple[list[Record], list
         return [r for r in records if r.id in good]
 
     return load(cfg.data, cfg.limit), load(cfg.test) if cfg.test else []
+
+
+# --- one rollout ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    """What one step learns from: a batch; with --refill (DAPO's dynamic sampling) up to so many of one stage."""
+
+    batches: list[Batch] = field(default_factory=list)
+    groups: list[Group | None] = field(default_factory=list)  # of each problem; None: another rank sampled it
+    responses: list[list[Response]] = field(default_factory=list)  # [P][G], on every rank
+    seconds: dict[str, float] = field(default_factory=dict)  # spent on pictures, rollout, reward, update
+    clock: float = field(default_factory=time.perf_counter)
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for batch in self.batches for record in batch.records]
+
+    def ends(self, name: str) -> None:
+        """Count the time since the last call as spent on this."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.clock
+        self.clock = now
+
+    def add(self, batch: Batch, groups: list[Group], responses: list[list[Response]]) -> None:
+        """groups: this rank's share, every world-th of the batch; responses: to all of it."""
+        rank, world = rank_and_world()
+        self.batches.append(batch)
+        self.groups += [groups[p // world] if p % world == rank else None for p in range(len(responses))]
+        self.responses += responses
+
+    def wants_more(self, rewards: Rewards, cfg: Config) -> bool:
+        """Have fewer than P groups a signal, and may another batch be sampled?"""
+        return len(self.batches) < cfg.refill and int(rewards.signal.sum()) < cfg.prompts_per_rollout
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_format(style, text, expected):
 def test_unknown_style_is_refused():
     with pytest.raises(KeyError):
         format_reward(GOOD, "obvserve")
-    assert set(TAGS) == {"none", "think", "observe"}
+    assert set(TAGS) == {"none", "steps", "think", "observe"}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
