@@ -1098,17 +1098,15 @@ def stored(image) -> bytes:
 
 def _row(record: Record) -> dict:
     """Record -> a row as save_records writes it."""
-    images: list[dict] = []
-    for image in record.images:
-        try:
-            images.append({"bytes": stored(image), "path": None})
-        except (OSError, ValueError) as error:
-            raise ValueError(f"record {record.id}: cannot read its picture: {error}") from error
-    answers = list(record.answer) if isinstance(record.answer, tuple) else None
+    try:
+        images = [{"bytes": stored(image)} for image in record.images]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"record {record.id}: cannot read its picture: {error}") from error
+    content, gold = record.content, record.golds[0]
     return vars(record) | {
-        "answer": record.golds[0], "answers": answers, "images": images, "choices": list(record.choices),
-        "meta": json.dumps(record.meta), "problem": "".join(part.get("text", "<image>") for part in record.content),
-        "solution": record.golds[0], "prompt": [{"role": "user", "content": record.content}]}
+        "answer": gold, "answers": record.answer if isinstance(record.answer, tuple) else None, "images": images,
+        "meta": json.dumps(record.meta), "problem": "".join(part.get("text", "<image>") for part in content),
+        "solution": gold, "prompt": [{"role": "user", "content": content}]}
 
 
 # --- converters -------------------------------------------------------------------------------------------------------
