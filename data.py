@@ -1158,13 +1158,11 @@ def _meta(row: dict, *names: str) -> dict:
 
 
 def _mathvision(row: dict) -> dict:
-    choices = row["options"]
-    fields = {"id": row["id"], "question": row["question"], "choices": choices,
-              "answer": row.get("answer", "").replace("\x0c", "\\f").strip(),  # (strip takes the form feed of \frac)
-              "images": row.get("decoded_image") or row["image"], "meta": _meta(row, "level", "subject")}
-    if choices == list("ABCDE"):  # the real ones are in the picture
-        fields |= {"choices": [], "answer_type": "choice"}
-    return fields
+    drawn = row["options"] == list("ABCDE")  # the real ones are in the picture
+    return {"id": row["id"], "question": row["question"], "choices": [] if drawn else row["options"],
+            "answer": row.get("answer", "").replace("\x0c", "\\f").strip(),  # (strip takes the form feed of \frac)
+            "answer_type": "choice" if drawn else "",
+            "images": row.get("decoded_image") or row["image"], "meta": _meta(row, "level", "subject")}
 
 
 def _wemath(row: dict) -> dict:
@@ -1246,7 +1244,7 @@ def _mmmu(row: dict) -> dict:
     several = not choices and gold.startswith("[")  # any of these is right
     return {"id": row["id"], "question": "<image>" * len(unnamed) + given(row["question"]),
             "choices": [given(choice) for choice in choices],
-            **({"answers": ast.literal_eval(gold)} if several else {"answer": gold}),
+            "answers": ast.literal_eval(gold) if several else [gold],
             **({} if choices else {"precision": 2}),
             "images": [row[name] for name in unnamed + order if name in row],
             "meta": _meta(row, "subfield", "topic_difficulty", "question_type")
