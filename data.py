@@ -1044,11 +1044,10 @@ def what_it_is(image) -> str:
 
 
 def template_beside(path: str) -> str:
-    """The chat template of a model that has it in a file of its own. ValueError: it has none."""
-    for file in (Path(path) / "chat_template.jinja", Path(path) / "chat_template.json"):
-        if file.exists():
-            text = file.read_text("utf-8")
-            return text if file.suffix == ".jinja" else json.loads(text)["chat_template"]
+    """The chat template where older models have it (the tokenizer reads a .jinja itself). ValueError: there is none."""
+    file = Path(path) / "chat_template.json"
+    if file.exists():
+        return json.loads(file.read_text("utf-8"))["chat_template"]
     raise ValueError(f"{path}: neither its tokenizer nor a chat_template.jinja beside it tells how to write a chat; "
                      "give an instruct model")
 
