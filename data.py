@@ -466,14 +466,11 @@ def text_of(value, name: str) -> str:
 def read_number(value, name: str) -> float:
     """One of NUMBERS, or its digits: 2.0, as pandas writes an int beside a null, is 2."""
     kind = NUMBERS[name][0]
-    try:
+    with contextlib.suppress(OverflowError, ValueError):
         given = value if type(value) in (int, float) else float(text_of(value, name))
-        number = kind(given)
-    except (OverflowError, ValueError):
-        given, number = 0, None
-    if number != given or abs(given) >= 2**63:
-        raise ValueError(f"its {name} is {value!r}, where a number of type {kind.__name__} is needed")
-    return number
+        if kind(given) == given and abs(given) < 2**63:
+            return kind(given)
+    raise ValueError(f"its {name} is {value!r}, where a number of type {kind.__name__} is needed")
 
 
 def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
