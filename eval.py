@@ -36,7 +36,7 @@ import json
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -187,10 +187,10 @@ def summarize(results: list[Result]) -> dict:
                 "observation": over(part, "observation"), "length": over(part, "tokens"),
                 "truncated": over(part, "truncated"), "unreadable": unread}
 
-    levels: dict[float, list[Result]] = {}
+    levels = defaultdict(list)
     for result in results:
         if isinstance(result.record, Record) and result.record.difficulty is not None:
-            levels.setdefault(result.record.difficulty, []).append(result)
+            levels[result.record.difficulty].append(result)
     own = sorted(results, key=lambda r: isinstance(r.record, Record))  # (a row may be dropped for another's id)
     return scores(results) | {"levels": {f"{level:.3f}": scores(levels[level]) for level in sorted(levels)},
                               "by_problem": {r.record.id: r.accuracy for r in own}}
@@ -266,7 +266,7 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
     n = max(len(r.responses) for r in results)
     ks = [k for k in sorted({2**i for i in range(n.bit_length())} | {n}) if 0 < k <= n]
     unusable = {r.record.id: r.record.detail for r in results if isinstance(r.record, Dropped)}
-    published = DATASETS[benchmark] if benchmark in BENCHMARKS else None
+    published = DATASETS.get(benchmark)
     found = summarize(results) | {
         "interval": interval([results]), "samples": n, "majority": mean(majority_right(r) for r in results),
         "pass": {k: mean(pass_at(r, k) for r in results) for k in ks},
@@ -797,7 +797,7 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
     """
     sources = {benchmark, *(row.source for row in rows if isinstance(row, Record))}
     known = {name: row.id for row in rows for name in (row.id, *(row.id.removeprefix(f"{s}-") for s in sources))}
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict]] = defaultdict(list)
     bad, jobs = [], set()
     for place, line in response_rows(Path(path)):
         try:
@@ -812,7 +812,7 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
                                  f"ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
                 jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
-            found.setdefault(meant.pop(), []).extend(responses)
+            found[meant.pop()].extend(responses)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {place}: {error}")
     most = max(map(len, found.values()), default=0)
