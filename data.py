@@ -706,17 +706,17 @@ def json_rows(file: Path) -> Rows:
 
 
 def json_list(found, name: str) -> list:
-    groups = list(found.items()) if isinstance(found, dict) else [("", found)]
-    if isinstance(found, dict) and groups and all(isinstance(row, dict) for row in found.values()):
-        return [{"id": key} | row for key, row in groups]
-    lists = [(subject, group) for subject, group in groups if isinstance(group, list)]
-    scemqa = isinstance(found, dict) and name in ("multiple_choice", "free_response") and len(lists) == len(groups)
+    by_key = found if isinstance(found, dict) else {"": found}
+    if by_key and all(isinstance(row, dict) for row in by_key.values()):
+        return [{"id": key} | row for key, row in by_key.items()]
+    lists = {key: rows for key, rows in by_key.items() if isinstance(rows, list)}
+    scemqa = found is by_key and name in ("multiple_choice", "free_response") and len(lists) == len(found)
     if not scemqa and len(lists) != 1:
         raise ValueError("it holds one object, where a list of rows is needed, or rows by id")
-    if not any(group for _, group in lists):
+    if not any(lists.values()):
         raise ValueError("it holds no records")
     return [row | {"subject": subject, "number": number} if scemqa and isinstance(row, dict) else row
-            for subject, group in lists for number, row in enumerate(group, 1)]
+            for subject, rows in lists.items() for number, row in enumerate(rows, 1)]
 
 
 def read_cells(file: Path, needed: Iterable[str] = ()) -> Rows:
