@@ -511,9 +511,9 @@ def response_lines(record: Record, responses: list[Response], **about) -> list[d
 
 def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: int = 300) -> None:
     """Groups of lines of responses.jsonl -> a page of at most `limit` of them, spread over all."""
-    kept = [groups[i * len(groups) // limit] for i in range(limit)] if len(groups) > limit else groups
-    sections = []
-    for record, lines in kept:
+    count, sections = min(limit, len(groups)), []
+    for i in range(count):
+        record, lines = groups[i * len(groups) // count]
         first, blocks = lines[0], []
         for r in lines:
             kind = "right" if r["accuracy"] else "unreadable" if r["answer"] is None else "wrong"
@@ -528,7 +528,7 @@ def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: 
         about += [f"weight {first['weight']:.2f}"] if "weight" in first else []
         sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks,
                                    " or ".join(record.golds)))
-    intro = f"{len(kept)} of {len(groups)} groups of responses, spread evenly, in order."
+    intro = f"{count} of {len(groups)} groups of responses, spread evenly, in order."
     write_page(path, str(path.parent), intro, sections)
 
 
@@ -882,10 +882,11 @@ def given(job: Job, rows: list[Made], path: str, processor: Processor | None) ->
             return Result(row, [])
         responses = []
         for said in found.get(row.id, nothing):
-            if said["tokens"] is None and processor is not None:
-                said = said | {"tokens": count_tokens(said["text"], processor)}
-            responses.append(replace(score(said["text"], row, job.prompt), tokens=said["tokens"],
-                                     truncated=said["truncated"], sections=count_sections(said["text"], processor)))
+            text, tokens = said["text"], said["tokens"]
+            if tokens is None and processor is not None:
+                tokens = count_tokens(text, processor)
+            responses.append(replace(score(text, row, job.prompt), tokens=tokens, truncated=said["truncated"],
+                                     sections=count_sections(text, processor)))
         return Result(row, responses)
 
     return in_threads(scored, rows, "scoring")
