@@ -131,8 +131,7 @@ MAX_MEGAPIXELS = 100
 def open_image(image, record_id: str) -> Image.Image:
     """A PIL image, Picture, path or bytes -> RGB PIL image of 8 bits, as a camera was held; transparency becomes white.
 
-    Raises ValueError naming the record when the picture is missing, truncated, absurdly large or thin, in none of
-    PICTURE_FORMATS, or of numbers whose range nobody knows."""
+    Raises ValueError naming the record: missing, truncated, too large or thin, no PICTURE_FORMATS, of unknown range."""
     try:
         image = image.read() if isinstance(image, Picture) else image
         if not isinstance(image, Image.Image):
@@ -199,8 +198,7 @@ class Processor:
     def encode(self, record: Record, style: str, max_tokens: int | None = None) -> Prompt:
         """Record -> Prompt, in prompt style `style`. Never truncates: cutting a prompt would cut image tokens.
 
-        Raises ValueError naming the record: pictures and `<image>` marks that differ in number, vision tokens written
-        in the question, a prompt over max_tokens."""
+        Raises ValueError naming the record: more marks than pictures or fewer, the model's own tokens, max_tokens."""
         if found := [t for t in {*self.VISION_TOKENS, *self.tokenizer.all_special_tokens} if t in record.text]:
             raise ValueError(f"record {record.id}: its text holds the model's own token {found[0]}; remove it")
         messages = [{"role": "system", "content": [{"type": "text", "text": PROMPTS[style]}]},
@@ -385,8 +383,7 @@ def told_apart(record_id: str, path: str) -> str:
 
 
 def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Made:
-    """One row -> its record, or why it cannot be used; the caller adds where it stands. Here every value gets its type,
-    in rows of all formats and sources."""
+    """One row -> its record, or why it cannot be used; the caller adds where. Here every value gets its type."""
     record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
     try:
         fields = convert(parsed(row))
@@ -494,8 +491,7 @@ def read_answer(answer, kind: str = "") -> tuple[str | tuple[str, ...], str]:
 
 def read_choices(value) -> tuple[str, ...]:
     """The texts of the options, in order, of the shapes that data has them in: a list; an object of letters, or of
-    `text` and `label`; a list of objects; any of these, or lettered options, in one text. Empty last ones are dropped.
-    """
+    `text` and `label`; a list of objects; any of these, or lettered options, in one text. Empty last ones go."""
     if isinstance(value, str) and (value := value.strip()) in NOTHING:
         value = []
     elif isinstance(value, str):
@@ -690,8 +686,7 @@ def file_rows(file: Path) -> Rows:
 
 def json_rows(file: Path) -> Rows:
     """Lines of JSON; or a list of rows; or an object of rows by id, or with one list; or SceMQA's object of such lists
-    by subject, whose rows then have their subject and number. Told by what stands there: many lines are called .json.
-    """
+    by subject, whose rows get their subject and number. Told by what stands there: many lines are called .json."""
     with open(file, "rb") as lines:
         listed = next((line for line in lines if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t")[:1] == b"["
     if file.suffix == ".json" or listed:
@@ -840,8 +835,7 @@ PREFACE = re.compile(r"""(?xs)^((?:\s*<image>)*)\s*
 
 
 def any_fields(row: dict, said: Counter) -> dict:
-    """A row of any of FORMATS -> fields of Record, values and pictures as they stand in the row. said: what was taken
-    off or set aside, and of how many rows."""
+    """A row of any of FORMATS -> fields of Record, as they stand in it. said: counts what is taken off or set aside."""
     ours = {"question", "answer_type"} <= row.keys() and "pid" not in row  # (that is MathVista's)
     left = {key: value for key, value in row.items() if not (ours and key in OTHERS_COLUMNS)}  # what is read is taken
     kind = "question" if ours else next((key for key in FORMATS if key in row), None)

@@ -105,8 +105,7 @@ def evaluate(model, processor: Processor, records: list[Record], *, style: str, 
              max_tokens: int, max_rows: int = 256, seed: int = 0) -> Iterator[Result]:
     """Answer each problem `samples` times (temperature 0: greedy), scored by the judge of training, as results come.
 
-    At most max_rows responses, but those to one problem, and the pictures of twice as many problems as these answer,
-    are in memory at a time."""
+    In memory at a time: max_rows responses, or those to one problem, and the pictures of twice as many problems."""
     chunks = list(batches(records, max(1, max_rows // samples)))
     for chunk, prompts in zip(chunks, encode_ahead(processor, chunks, style)):
         groups = sample_groups(model, processor, chunk, prompts, samples=samples, temperature=temperature,
@@ -121,8 +120,7 @@ def roll_out(folder: Path, name: str, records: list[Record], load: Callable[[], 
 
     What any earlier run answered, with whatever --rows and processes, is on disk and is not done again. load: gives
     model and processor, and is called only if there is anything to do. attempt: does the work, or gives None, on all
-    ranks, when it is to stop; there are no results then. sampling: see answer_to_disk and evaluate. All processes must
-    see the same folder."""
+    ranks, when it is to stop; there are no results then. sampling: see answer_to_disk and evaluate."""
     rank, world = rank_and_world()
     todo = on_rank_0(lambda: {r.id for r in records} - _answers(folder, name).keys())  # the unit on disk is the record
     mine = [r for r in records if r.id in todo][rank::world]
@@ -155,8 +153,7 @@ def answer_to_disk(folder: Path, name: str, records: list[Record], model, proces
 
 
 def _answers(folder: Path, name: str) -> dict[str, list[dict]]:
-    """Responses by record id, as answer_to_disk wrote them, on whatever rank. A line that cannot be read was cut when
-    its run was killed: its record is not done."""
+    """Responses by record id, of all ranks. A line that cannot be read was cut by a kill: its record is not done."""
     done = {}
     for file in sorted(folder.glob(f"{glob.escape(name)}-[0-9]*.jsonl")):
         for line in file.read_bytes().splitlines():
@@ -448,8 +445,7 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
 
 
 def unread_note(job: Job, results: list[Result]) -> str:
-    """What to say where more than half of the responses give no answer that can be read: what they look like, and what
-    to try; else empty."""
+    """What to say, and to try, where more than half of the responses give no answer that can be read; else empty."""
     responses = [response for result in results for response in result.responses]
     unread = [response for response in responses if response.answer is None]
     if 2 * len(unread) <= len(responses):
@@ -723,8 +719,7 @@ def longest_first(rows: list[Made], processor: Processor | None) -> list[int]:
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, list[int]], list[Job]]:
     """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
-    are answered, and the lines of the table. Settings go to settings.json, so that the same command goes on and
-    another one is refused."""
+    are answered, and the lines of the table."""
     specs, prompts = check_args(args)
     processor = Processor(args.model, args.max_pixels) if args.model else None
     rows: dict[str, list[Made]] = {}
@@ -793,8 +788,7 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
     "tokens", "truncated"}, ...]}.
 
     Ids are the published ones, with or without `benchmark-`. Raises ValueError that names lines that cannot be read,
-    ids that the benchmark lacks and ids with other numbers of responses; ids without any are said, and count as wrong.
-    """
+    ids that the benchmark lacks and ids with other numbers of responses; ids without any count as wrong."""
     sources = {benchmark, *(row.source for row in rows if isinstance(row, Record))}
     known = {name: row.id for row in rows for name in (row.id, *(row.id.removeprefix(f"{s}-") for s in sources))}
     found: dict[str, list[dict]] = defaultdict(list)
@@ -830,8 +824,7 @@ ANSWER_TEXTS = ("response", "prediction", "model_answer", "text")
 
 
 def response_rows(file: Path) -> Rows:
-    """Numbered answers of JSON lines, of a JSON list, of a JSON object by id (of texts, lists of texts, or rows), or of
-    a table such as VLMEvalKit's."""
+    """Numbered answers of JSON lines, a JSON list, a JSON object by id (of texts, lists of texts, or rows), a table."""
     if not file.is_file():
         raise ValueError(f"--responses {file}: no such file")
     try:
@@ -893,8 +886,7 @@ def given(job: Job, rows: list[Made], path: str, processor: Processor | None) ->
 
 
 def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
-    """scores.json, responses.jsonl, responses.html, and a table for VLMEvalKit of each job's first samples -> the
-    scores, a dict for each job."""
+    """scores.json, responses.jsonl, responses.html, a table for VLMEvalKit of each job's first samples -> scores."""
     scores = [{"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
               | scores_of(job.benchmark, results) for job, results in tqdm(done, desc="counting", disable=None)]
     write_json(out / "scores.json", {"settings": settings, "scores": scores})
