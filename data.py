@@ -152,7 +152,7 @@ def open_image(image, record_id: str) -> Image.Image:
                 raise ValueError("its 16 bits hold numbers below 4096: 12 bits, or a dark picture? save it as 8 bits")
             grey = (values >> 8).astype(np.uint8)
             image = Image.fromarray(grey if clear is None else np.where(values == clear, np.uint8(255), grey))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if image.has_transparency_data:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         return image.convert("RGB")
