@@ -449,7 +449,7 @@ def text_of(value, name: str) -> str:
     """A text, or a number's digits. ValueError naming the field for nothing, and for what is neither."""
     if isinstance(value, float) and math.isfinite(value):
         value = f"{value:.15g}"
-    elif isinstance(value, int) and not isinstance(value, bool):
+    elif type(value) is int:  # (and no bool)
         value = str(value)
     if value is None:
         raise ValueError(f"it has no {name}")

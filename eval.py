@@ -389,7 +389,7 @@ def percent(value: float | None, interval: list[float] | None = None, sign: str 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table that Markdown and a person at a terminal can read."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [header, *rows]]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
@@ -551,7 +551,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
             if scores:
                 axis.plot(*zip(*scores), style, markersize=4, label=f"held out, {name}")
-        for before, after in zip(steps, steps[1:]):
+        for before, after in itertools.pairwise(steps):
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
         axis.set(title=title, xlabel="rollout (a line at each stage's end)")
