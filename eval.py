@@ -887,20 +887,18 @@ def given(job: Job, rows: list[Made], path: str, processor: Processor | None) ->
 
 def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dict) -> list[dict]:
     """scores.json, responses.jsonl, responses.html, a table for VLMEvalKit of each job's first samples -> scores."""
-    scores = [{"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
-              | scores_of(job.benchmark, results) for job, results in tqdm(done, desc="counting", disable=None)]
-    write_json(out / "scores.json", {"settings": settings, "scores": scores})
     (out / "vlmevalkit").mkdir(exist_ok=True)
-    groups: list[tuple[Record, list[dict]]] = []
-    for job, results in done:
+    scores, groups = [], []
+    for job, results in tqdm(done, desc="counting", disable=None):
+        about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
+        scores.append(about | scores_of(job.benchmark, results))
         usable = [(r.record, r.responses) for r in results if isinstance(r.record, Record) and r.responses]
         for record, responses in usable:
             images = [str(image) if isinstance(image, (str, Picture)) else "(inside the data)"
                       for image in record.images]
-            groups.append((record, response_lines(
-                record, responses, benchmark=job.benchmark, prompt=job.prompt, sampling=job.sampling, images=images,
-                gold=record.answer)))
+            groups.append((record, response_lines(record, responses, **about, images=images, gold=record.answer)))
         write_vlmevalkit(out / "vlmevalkit" / f"{job.name}.tsv", job.benchmark, usable)
+    write_json(out / "scores.json", {"settings": settings, "scores": scores})
     with open(out / "responses.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for _, lines in groups for line in lines)
     write_responses(groups, out / "responses.html")
