@@ -261,7 +261,7 @@ def pass_at(result: Result, k: int) -> float:
 def scores_of(benchmark: str, results: list[Result]) -> dict:
     """All that is told of a benchmark's results in one prompt style and sampling; shares and scores in [0, 1]."""
     n = max(len(r.responses) for r in results)
-    ks = [k for k in sorted({2**i for i in range(n.bit_length())} | {n}) if 0 < k <= n]
+    ks = [k for k in sorted({2**i for i in range(n.bit_length())} | {n}) if k]
     unusable = {r.record.id: r.record.detail for r in results if isinstance(r.record, Dropped)}
     published = DATASETS.get(benchmark)
     found = summarize(results) | {
@@ -327,7 +327,6 @@ def four_way(results: list[Result]) -> dict:
     if not whole:
         return {}
     samples = max(len(r.responses) for rows in whole for r in rows)
-
     right = []  # [IDs] of [rows, samples]
     for rows in whole:
         right.append(np.array([[r.accuracy > 0 for r in row.responses] or [False] * samples for row in rows]))
@@ -538,8 +537,8 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
               ("length", "response length, tokens"), ("reward", "reward"), ("signal", "share of groups with signal"),
               ("entropy", "entropy, nats a token"), ("grad_norm", "gradient norm")]
     figure = Figure(figsize=(16, 6.5), layout="constrained")
-    axes = figure.subplots(2, 4)
-    for axis, (key, title) in zip(axes.flat, panels):
+    axes = figure.subplots(2, 4).ravel()
+    for axis, (key, title) in zip(axes, panels):
         points = [(m["step"], m[key]) for m in steps if key in m]
         if points:
             x, y = zip(*points)
@@ -555,8 +554,8 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
         axis.set(title=title, xlabel="rollout (a line at each stage's end)")
-    if axes.flat[0].get_legend_handles_labels()[0]:
-        axes.flat[0].legend(fontsize=8)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
