@@ -598,7 +598,7 @@ def find_tables(path_or_id: str, split: str = "", images: str | None = None) -> 
     extra = [Path(images)] if images else []
     if extra and not extra[0].is_dir():
         raise ValueError(f"--images {images}: no such folder")
-    saved = path.is_dir() and any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     for file in [path] if saved or path.is_file() else find_files(path, split, strict=split == asked):
         rows = saved_rows(path, split) if saved else file_rows(file)
         if split:
