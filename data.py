@@ -383,7 +383,8 @@ def told_apart(record_id: str, path: str) -> str:
 
 def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Made:
     """One row -> its record, or why it cannot be used; the caller adds where. Here every value gets its type."""
-    record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
+    images: tuple = ()
+    record_id, reason, meta = made_id, "malformed row", {}  # reason: to drop it if the next lines fail
     try:
         fields = convert(parsed(row))
         if isinstance(fields, Dropped):

@@ -520,7 +520,7 @@ def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: 
         about += [f"weight {first['weight']:.2f}"] if "weight" in first else []
         sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks,
                                    " or ".join(record.golds)))
-    intro = f"{count} of {len(groups)} groups of responses, spread evenly, in order."
+    intro = f"{limit} of {len(groups)} groups of responses, spread evenly, in order."
     write_page(path, str(path.parent), intro, sections)
 
 
