@@ -307,11 +307,11 @@ def check_records(processor: Processor, records: list[Record], style: str, max_t
     return raise_or_skip("problems", good, [found for found in faults if found], skip_bad)
 
 
-def in_threads(work: Callable[[Any], T], items: Sequence, label: str) -> list[T]:
+def in_threads(work: Callable[[Any], T], items: Sequence, label: str, unit: str = "problem", delay: int = 0) -> list[T]:
     """What work makes of each item, with a bar. (Pillow decodes outside the GIL; several workers check formulas.)"""
     with ThreadPoolExecutor() as pool:
         made = (one for batch in batches(items, 1000) for one in pool.map(work, batch))  # (what waits takes memory)
-        return list(tqdm(made, label, len(items), unit="problem", delay=3, disable=QUIET))
+        return list(tqdm(made, label, len(items), unit=unit, delay=delay, disable=QUIET))
 
 
 # === the fold: below, every way a record comes in and goes out: files, others' formats, published sets, leaks =========
@@ -325,6 +325,7 @@ FORMATS = {"message": "lmm-r1", "messages": "ms-swift, LLaMA-Factory", "conversa
 OTHERS_COLUMNS = ("problem", "prompt", "solution")  # what save_records adds to our own, for EasyR1 and TRL
 REPORTS = (".dropped.jsonl", ".report.json")  # what save_usable writes beside x.parquet; no data
 NO_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "settings.json", "dropped.json", "config.json"}
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "test", "testing": "test",
           "testset": "test", "testmini": "testmini", "val": "val", "valid": "val", "validation": "val", "dev": "dev",
           "eval": "eval", "heldout": "heldout", "holdout": "heldout"}  # words in names of files
@@ -383,21 +384,17 @@ def told_apart(record_id: str, path: str) -> str:
 
 def make_record(row, convert: Convert, folders: tuple[Path, ...], made_id: str, source: str) -> Made:
     """One row -> its record, or why it cannot be used; the caller adds where. Here every value gets its type."""
-    images: tuple = ()
-    record_id, reason, meta = made_id, "malformed row", {}  # reason: to drop it if the next lines fail
+    record_id, reason, images, meta = made_id, "malformed row", (), {}  # reason: to drop it if the next lines fail
     try:
         fields = convert(parsed(row))
         if isinstance(fields, Dropped):
             return fields._replace(id=made_id)
-        if (own_id := fields.pop("id", "")) != "":
-            record_id = (f"{source}-" if source else "") + text_of(own_id, "id")
+        own_id = fields.pop("id", "")
+        if own_id != "":
+            record_id = f"{source}-{text_of(own_id, 'id')}" if source else text_of(own_id, "id")
         meta = read_meta(fields.pop("meta", {}), fields.pop("others", {}))
         reason = "picture unreadable"
-        pictures = fields.pop("images", None)
-        if isinstance(pictures, str) and pictures.startswith("["):
-            pictures = listed(pictures)
-        many = pictures if isinstance(pictures, (list, tuple)) else [] if pictures in (None, "") else [pictures]
-        images = tuple(read_picture(picture, folders) for picture in many)
+        images = read_pictures(fields.pop("images", None), folders)
         reason = "no question"
         question = fields.pop("question", None)
         if isinstance(question, (int, float)):
@@ -508,12 +505,12 @@ def read_choices(value) -> tuple[str, ...]:
     elif not isinstance(value, (list, tuple)):
         raise ValueError(f"its choices are {str(value)[:80]!r}; write a list of texts")
     else:
-        labels = list(ascii_uppercase)
-        texts = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
-        if texts and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in texts):
-            labels, texts = map(list, zip(*texts))
-            if not re.fullmatch(r"\(?[A-Z][).:]?", str(labels[0])):  # ({"text": .., "label": ..})
-                labels, texts = texts, labels
+        items = [list(item.values()) if isinstance(item, dict) and len(item) == 2 else item for item in value]
+        pairs = bool(items) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in items)
+        if pairs and not re.fullmatch(r"\(?[A-Z][).:]?", str(items[0][0])):  # ({"text": .., "label": ..})
+            items = [item[::-1] for item in items]
+        labels = [item[0] for item in items] if pairs else list(ascii_uppercase)
+        texts = [item[1] for item in items] if pairs else items
     while texts and (texts[-1] is None or str(texts[-1]).strip() in NOTHING):
         texts.pop()
     letters = [str(label).strip("(). :").upper() for label in labels[:len(texts)]]
@@ -555,10 +552,18 @@ def read_meta(value, others: dict) -> dict:
     return meta
 
 
+def read_pictures(value, folders: tuple[Path, ...]) -> tuple:
+    """One or many pictures as data has them -> Pictures, bytes, and absolute paths inside one of `folders`.
+
+    Raises ValueError naming each one that is none: what is named is seen, or the model would train blind."""
+    if isinstance(value, str) and value.startswith("["):
+        value = listed(value)
+    many = value if isinstance(value, (list, tuple)) else [] if value in (None, "") else [value]
+    return tuple(read_picture(item, folders) for item in many)
+
 
 def read_picture(value, folders: tuple[Path, ...]) -> bytes | str | Picture:
-    """{bytes, path}, a path, a file: or data: URL, base64, bytes, a Picture -> one of bytes, absolute path inside
-    `folders`, Picture. ValueError for what is none: what is named is seen, or the model would train blind."""
+    """{bytes, path}, a path, a file: or data: URL, base64, bytes, a Picture -> one of bytes, path, Picture."""
     held = [value[key] for key in PICTURE_PARTS if value.get(key)] if isinstance(value, dict) else []
     if held:  # (which may be an object, too: {"image_url": {"url": ..}})
         return read_picture(held[0], folders)
@@ -606,11 +611,11 @@ def find_files(folder: Path, split: str, strict: bool = False) -> list[Path]:
     """The data in a folder: its ladder, else all its files, which must be of one split; with a split the files of that,
     however deep. strict: a lone file of another name will not do."""
     files = [file for file in sorted(folder.rglob("*") if split else folder.iterdir())
-             if file.suffix in READERS and not file.name.endswith(REPORTS) and file.name not in NO_DATA
+             if file.suffix in SUFFIXES and not file.name.endswith(REPORTS) and file.name not in NO_DATA
              and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)]
     if not files:
-        inner = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in READERS})
-        raise ValueError(f"{folder}: no {', '.join(READERS)} in this folder; give the one that holds them"
+        inner = sorted({file.parent.name for file in folder.glob("*/*") if file.suffix in SUFFIXES})
+        raise ValueError(f"{folder}: no {', '.join(SUFFIXES)} in this folder; give the one that holds them"
                          + f" ({', '.join(inner)}?)" * bool(inner))
     if not split:
         files = [file for file in files if file.name == "ladder.parquet"] or files
@@ -666,12 +671,17 @@ def file_rows(file: Path) -> Rows:
     """Numbered rows of one file. Lines of JSON stay bytes: a broken one is then a bad record, not a bad file."""
     if not file.stat().st_size:
         raise ValueError("the file is empty")
-    if file.suffix in (".xlsx", ".xls"):
+    if file.suffix in (".json", ".jsonl"):
+        yield from json_rows(file)
+    elif file.suffix in (".csv", ".tsv"):
+        yield from cell_rows(file)
+    elif file.suffix == ".parquet":
+        yield from enumerate(parquet_rows(file), 1)
+    elif file.suffix in (".xlsx", ".xls"):
         raise ValueError(f"a spreadsheet; make a table of it: python -c \"import pandas; pandas.read_excel('{file}')"
                          f".to_csv('{file}.tsv', sep='\\t', index=False)\"")
-    if file.suffix not in READERS:
-        raise ValueError(f"it is not {', '.join(READERS)}")
-    yield from READERS[file.suffix](file)
+    else:
+        raise ValueError(f"it is not {', '.join(SUFFIXES)}")
 
 
 def json_rows(file: Path) -> Rows:
@@ -755,7 +765,7 @@ def listed(cell: str) -> list[str]:
     return [item.strip(" '\"") for item in items if item]
 
 
-def parquet_rows(file: Path) -> Rows:
+def parquet_rows(file: Path) -> Iterator[dict]:
     if pq.read_metadata(file).num_rows:  # (none is an error to `datasets`)
         # `datasets` copies a file once into its cache, uncompressed, where any row is found without reading others.
         # It knows a file by path and time of change, which `cp -p` keeps: hence the stamp.
@@ -763,10 +773,8 @@ def parquet_rows(file: Path) -> Rows:
         sparing = ParquetFragmentScanOptions(pre_buffer=False)  # (by default Arrow takes the whole file into memory)
         table = datasets.Dataset.from_parquet(glob.escape(str(file)), config_name=stamp, batch_size=BATCH,
                                               fragment_scan_options=sparing)
-        yield from enumerate(table_rows(table, str(file)), 1)
+        yield from table_rows(table, str(file))
 
-
-READERS = {".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows, ".csv": cell_rows, ".tsv": cell_rows}
 
 @dataclass(frozen=True, eq=False)
 class Picture:
@@ -843,11 +851,11 @@ def any_fields(row: dict, said: Counter) -> dict:
             fields["answer_type"] = KINDS.get(str(given), given)
         own = ("meta", *NUMBERS) if kind == "question" else ("precision",)  # (others' `difficulty` may be "hard")
         fields |= {name: left.pop(name) for name in own if name in left}
-        named = next((name for name in GOLDS if left.get(name, []) != []), None) if reply is None else None
-        gold = left.pop(named) if named else reply
+        golds = [name for name in GOLDS if left.get(name, []) != []]
+        gold = left.pop(golds[0], None) if reply is None and golds else reply
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"it is not as {FORMATS[kind]} writes `{kind}`: {error!r}") from error
-    several = named == "answers"
+    several = reply is None and golds[:1] == ["answers"]
     if several:
         gold = literal(gold) if isinstance(gold, str) and gold.startswith("[") else gold  # (a table's cell)
         if not isinstance(gold, list) or not gold:
@@ -930,11 +938,10 @@ def _pictures(left: dict):
             left.pop(key)
     named = [key for key in PICTURES if key in left]
     numbered = [key for key in left if re.fullmatch(r"(?:image|img|picture)_?\d+", key)]
-    others = numbered if named else []
     if named[:2] == ["images", "image"] and isinstance(left["image"], str) and left["image"] not in str(left["images"]):
-        others = ["image"]
-    if others:
-        raise ValueError(f"it has pictures under {named[0]} and {others[0]}; write all into one list, `images`")
+        raise ValueError("it has pictures under images and image; write all into one list, `images`")
+    if named and numbered:
+        raise ValueError(f"it has pictures under {named[0]} and under {numbered[0]}; write all into one list, `images`")
     if named:
         return left.pop(named[0])
     if numbered:
@@ -1442,7 +1449,7 @@ def read_held(benchmarks: str) -> Held:
             raise ValueError(f"--exclude {benchmark}: no row there is one of {name}, and nothing would be excluded; "
                              "give the benchmark as it is published")
         ids |= own
-        found += itertools.chain.from_iterable(in_threads(look, rows, "its pictures"))
+        found += itertools.chain.from_iterable(in_threads(look, rows, "its pictures", " records"))
     shapes, thumbnails, pictures = zip(*found) if found else ((), np.empty((0, 256), np.int16), ())
     return Held(frozenset(ids), np.array(shapes), np.array(thumbnails), list(pictures))
 

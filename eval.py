@@ -270,12 +270,7 @@ def scores_of(benchmark: str, results: list[Result]) -> dict:
         "unusable": sum(isinstance(r.record, Dropped) for r in results), "why_unusable": unusable,
         "drawn_with": {r.record.id: r.problem for r in results if r.problem != r.record.id},
         "published": published and published.size}
-    found["sections"] = {}
-    for tag in SECTIONS:  # mean tokens inside, and their share of the whole, where they were counted
-        length = mean(mean(r.sections.get(tag, 0) for r in result.responses if r.sections is not None)
-                      for result in results)
-        if length is not None and found["length"]:
-            found["sections"][tag] = {"length": length, "share": length / found["length"]}
+    found["sections"] = section_lengths(results, found["length"])
     found |= part_scores(benchmark, results, published.mean_over if published else "")
     return found | ({"four_way": four_way(results)} if benchmark == "wemath" else {})
 
@@ -296,6 +291,16 @@ def part_scores(benchmark: str, results: list[Result], mean_over: str) -> dict:
             "accuracy": mean(part["accuracy"] for part in found["parts"][mean_over].values())}
     return found
 
+
+def section_lengths(results: list[Result], whole: float | None) -> dict[str, dict[str, float]]:
+    """Mean tokens inside <observe>, <think> and <answer>, and their share of the whole; {} where not counted."""
+    found = {}
+    for tag in SECTIONS:
+        length = mean(mean(r.sections.get(tag, 0) for r in result.responses if r.sections is not None)
+                      for result in results)
+        if length is not None and whole:
+            found[tag] = {"length": length, "share": length / whole}
+    return found
 
 
 def parts_of(benchmark: str, row: Made) -> list[tuple[str, str]]:
@@ -384,33 +389,32 @@ def percent(value: float | None, interval: list[float] | None = None, sign: str 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table that Markdown and a person at a terminal can read."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [header, *rows]]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [header, *rows]]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def tables(scores: list[dict]) -> str:
     """What eval.py prints: a row for each benchmark, prompt style and sampling; then each benchmark's sub-scores."""
     many = any(s["samples"] > 1 for s in scores)
-    rows = [row_of(s, many) for s in scores]
-    texts = [markdown([*rows[0]], [[*row.values()] for row in rows])]
+    header = ["benchmark", "prompt", "sampling", "problems", "accuracy %, 95% interval",
+              *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
+              f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}", "cut off %"]
+    texts = [markdown(header, [row_of(s, many) for s in scores])]
     for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
         texts.append(parts_table(benchmark, [s for s in scores if s["benchmark"] == benchmark]))
     return "\n".join(text for text in texts if text)
 
 
-def row_of(s: dict, many: bool) -> dict[str, str]:
-    """many: does any row have several samples?"""
-    k = s["samples"]
-    passes = [f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1]
-    several = {"majority %": percent(s["majority"]) if k > 1 else "-", "pass@k %": "  ".join(passes) or "-"}
+def row_of(s: dict, many: bool) -> list[str]:
+    k, several = s["samples"], []
+    if many:
+        passes = [f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1]
+        several = [percent(s["majority"]) if k > 1 else "-", "  ".join(passes) or "-"]
     sections = [f"{part['length']:.0f} ({part['share']:.0%})" for part in s["sections"].values()]
-    return {"benchmark": s["benchmark"], "prompt": s["prompt"],
-            "sampling": f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"], "problems": str(s["problems"]),
-            "accuracy %, 95% interval": percent(s["accuracy"], s["interval"]), **(several if many else {}),
-            "format %": percent(s["format"]), "unreadable %": percent(s["unreadable"]),
-            "observation %": percent(s["observation"]), "tokens": "-" if s["length"] is None else f"{s['length']:.0f}",
-            f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}": " / ".join(sections) or "-",
-            "cut off %": percent(s["truncated"])}
+    return [s["benchmark"], s["prompt"], f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"], str(s["problems"]),
+            percent(s["accuracy"], s["interval"]), *several, percent(s["format"]), percent(s["unreadable"]),
+            percent(s["observation"]), "-" if s["length"] is None else f"{s['length']:.0f}",
+            " / ".join(sections) or "-", percent(s["truncated"])]
 
 
 def parts_table(benchmark: str, runs: list[dict]) -> str:
@@ -502,10 +506,9 @@ def response_lines(record: Record, responses: list[Response], **about) -> list[d
 
 def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: int = 300) -> None:
     """Groups of lines of responses.jsonl -> a page of at most `limit` of them, spread over all."""
-    limit = min(limit, len(groups))
-    kept = [groups[i * len(groups) // limit] for i in range(limit)]
-    sections = []
-    for record, lines in kept:
+    count, sections = min(limit, len(groups)), []
+    for i in range(count):
+        record, lines = groups[i * len(groups) // count]
         first, blocks = lines[0], []
         for r in lines:
             kind = "right" if r["accuracy"] else "unreadable" if r["answer"] is None else "wrong"
@@ -520,7 +523,7 @@ def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: 
         about += [f"weight {first['weight']:.2f}"] if "weight" in first else []
         sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks,
                                    " or ".join(record.golds)))
-    intro = f"{limit} of {len(groups)} groups of responses, spread evenly, in order."
+    intro = f"{count} of {len(groups)} groups of responses, spread evenly, in order."
     write_page(path, str(path.parent), intro, sections)
 
 
@@ -534,21 +537,25 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
               ("length", "response length, tokens"), ("reward", "reward"), ("signal", "share of groups with signal"),
               ("entropy", "entropy, nats a token"), ("grad_norm", "gradient norm")]
     figure = Figure(figsize=(16, 6.5), layout="constrained")
-    axes = figure.subplots(2, 4)
-    window = max(1, len(steps) // 20)
-    for axis, (key, title) in zip(axes.flat, panels):
-        x, y = [m["step"] for m in steps], [m.get(key) for m in steps]
-        axis.plot(x, y, color="0.8", linewidth=0.8)
-        smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
-        axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
+    axes = figure.subplots(2, 4).ravel()
+    for axis, (key, title) in zip(axes, panels):
+        points = [(m["step"], m[key]) for m in steps if key in m]
+        if points:
+            x, y = zip(*points)
+            axis.plot(x, y, color="0.8", linewidth=0.8)
+            window = max(1, len(y) // 20)
+            smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
+            axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, style, name in (("greedy", "o-C1", "greedy"), ("sampled", "o:C2", "temperature 1")):
-            scores = [m["eval"].get(kind, {}).get(key) for m in tests]
-            axis.plot([m["step"] for m in tests], scores, style, markersize=4, label=f"held out, {name}")
-        for before, after in zip(steps, steps[1:]):
+            scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
+            if scores:
+                axis.plot(*zip(*scores), style, markersize=4, label=f"held out, {name}")
+        for before, after in itertools.pairwise(steps):
             if before["stage"] != after["stage"]:
                 axis.axvline(before["step"] + 0.5, color="0.9", linewidth=0.8, zorder=0)
         axis.set(title=title, xlabel="rollout (a line at each stage's end)")
-    axes.flat[0].legend(fontsize=8)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -565,7 +572,7 @@ def begun(folder: Path, settings: dict, free: Iterable[str] = ()) -> bool:
     changed, when the folder holds another run, or files of another kind."""
     file = folder / "settings.json"
     if not file.exists():
-        if any(path.name != "lock" for path in folder.glob("[!.]*")):
+        if folder.exists() and any(path.name != "lock" and path.name[0] != "." for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of {settings['program']}; give another --out")
         return False
     kept = read_json(file)
@@ -681,7 +688,7 @@ def read_benchmark(spec: str, limit: int | None) -> tuple[str, list[Made]]:
                          "name=PATH reads a local copy), no file or folder here, and no hub id with its split "
                          "(org/name@test)")
     first = itertools.islice(tqdm(made, desc=f"reading {name}", unit=" records"), limit)
-    rows = in_threads(verifiable, list(first), "checking golds")
+    rows = in_threads(verifiable, list(first), "checking golds", delay=3)
     if not rows:
         raise ValueError(f"--benchmark {spec}: holds no records")
     return name, rows
@@ -722,11 +729,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
         rows[label] = made
     jobs = [Job(label, prompt, *sampling) for label in rows for prompt in prompts
             for sampling in samplings(label, args)]
-    settings = {key: value for key, value in vars(args).items() if key != "out"} | {  # all that scores depend on
-        "program": "eval.py", "model": model_digest(args.model) if args.model else None,
-        "trained": trained_by(args.model)}
-    for label, made in rows.items():
-        settings[f"data {label}"] = data_digest([r for r in made if isinstance(r, Record)])
+    settings = settings_of(args, rows)
     begun(args.out, settings, FREE)
 
     order = {}
@@ -738,12 +741,23 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
         if not order[label]:
             why = next((row.detail for row in made if isinstance(row, Dropped)), "")
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {why}")
-        if args.responses:
-            read_responses(args.responses, label, made)  # refused before anything is written
+    if args.responses:
+        [(label, made)] = rows.items()
+        read_responses(args.responses, label, made)  # refused before anything is written
     claim(args.out, settings)
     (args.out / "rollouts").mkdir(exist_ok=True)
     return rows, order, jobs
 
+
+def settings_of(args: argparse.Namespace, rows: dict[str, list[Made]]) -> dict:
+    """All that scores depend on."""
+    settings = {"program": "eval.py", "model": model_digest(args.model) if args.model else None,
+                "trained": trained_by(args.model)}
+    for label, made in rows.items():
+        settings[f"data {label}"] = data_digest([r for r in made if isinstance(r, Record)])
+    return settings | {key: getattr(args, key) for key in (
+        "responses", "benchmark", "prompt", "temperature", "samples", "max_tokens", "max_pixels", "rows", "seed",
+        "limit", "skip_bad")}
 
 
 def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -818,8 +832,8 @@ def response_rows(file: Path) -> Rows:
             with contextlib.suppress(json.JSONDecodeError):  # (lines: see json_rows)
                 found = json.loads(file.read_bytes())
         if isinstance(found, dict) and not any(isinstance(value, dict) for value in found.values()):
-            found = [{"id": key, "response": value} for key, value in found.items()]
-        if found is not None:
+            yield from enumerate(({"id": key, "response": value} for key, value in found.items()), 1)
+        elif found is not None:
             yield from enumerate(json_list(found, file.stem), 1)
         elif file.suffix in (".csv", ".tsv"):
             rows = read_cells(file, ("index", "prediction"))
@@ -881,23 +895,24 @@ def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dic
         for record, responses in usable:
             images = [str(image) if isinstance(image, (str, Picture)) else "(inside the data)"
                       for image in record.images]
-            groups.append((record, response_lines(
-                record, responses, benchmark=job.benchmark, prompt=job.prompt, sampling=job.sampling, images=images,
-                gold=record.answer)))
-        with open(out / "vlmevalkit" / f"{job.name}.tsv", "w", newline="", encoding="utf-8") as file:
-            letters = ascii_uppercase[:max(len(record.choices) for record, _ in usable)]
-            table = csv.writer(file, delimiter="\t", lineterminator="\n")
-            table.writerow(["index", "question", *letters, "answer", "prediction"])
-            for record, responses in usable:
-                own_id = record.id.removeprefix(f"{record.source or job.benchmark}-")
-                padding = [""] * (len(letters) - len(record.choices))
-                table.writerow([own_id, record.question, *record.choices, *padding, record.golds[0],
-                                responses[0].text])
+            groups.append((record, response_lines(record, responses, **about, images=images, gold=record.answer)))
+        write_vlmevalkit(out / "vlmevalkit" / f"{job.name}.tsv", job.benchmark, usable)
+    write_json(out / "scores.json", {"settings": settings, "scores": scores})
     with open(out / "responses.jsonl", "w") as file:
         file.writelines(json.dumps(line) + "\n" for _, lines in groups for line in lines)
     write_responses(groups, out / "responses.html")
     return scores
 
+
+def write_vlmevalkit(path: Path, benchmark: str, usable: list[tuple[Record, list[Response]]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        letters = ascii_uppercase[:max(len(record.choices) for record, _ in usable)]
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["index", "question", *letters, "answer", "prediction"])
+        for record, responses in usable:
+            padding = [""] * (len(letters) - len(record.choices))
+            table.writerow([record.id.removeprefix(f"{record.source or benchmark}-"), record.question, *record.choices,
+                            *padding, record.golds[0], responses[0].text])
 
 
 def parse_args() -> argparse.Namespace:

@@ -373,7 +373,8 @@ def lone_answer(text: str) -> list[str]:
     letter = r"\W*[A-J]\W*"
     if "boxed" in text or len(last) > MAX_ANSWER or REFUSED.search(last):
         return []
-    if len(lettered) > 1 and [line for line in lettered if re.fullmatch(letter, line)] != [last]:
+    listed = [line for line in lettered if not re.fullmatch(letter, line)]
+    if len(lettered) > 1 and not (len(listed) == len(lettered) - 1 and re.fullmatch(letter, last)):
         return []
     concluded = CONCLUDED.fullmatch(re.split(r"(?<=[.。])\s+(?=[A-Z])", last)[-1].strip("*"))
     so = len(lines) > 1 or re.match(r"(?i)(?:.*\. )?(?:so|therefore|thus|hence|因此|所以)\b", text)
@@ -551,10 +552,11 @@ def same_option(answer: str, option: str) -> bool:
     """Is it the option's text, or its value or formula otherwise written? A ratio may be a fraction."""
     if same_text(answer, option):
         return True
-    a, g = (quantity(plain(text).replace(":", "/"), nouns=True) for text in (answer, option))
+    ratio, fraction = plain(option).replace(":", "/"), plain(answer).replace(":", "/")
+    a, g = quantity(fraction, nouns=True), quantity(ratio, nouns=True)
     if a and g:
         return same_quantity(a, g, None)
-    return all(MATH.search(plain(text)) for text in (answer, option)) and same_formula(answer, option)
+    return bool(MATH.search(plain(option)) and MATH.search(plain(answer))) and same_formula(answer, option)
 
 
 # --- the grammar of answers, one for all rules ------------------------------------------------------------------------
@@ -715,9 +717,7 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> Unit | 
     if UNIT.sub("", text):
         return None
     for per, name, exponent in UNIT.findall(text):
-        small = name.lower() if len(name) > 2 else name  # of three letters and more in capitals or small ones
-        one = small[:-1] if len(small) > 2 and small[-1] == "s" else small
-        known = UNITS.get(name) or UNITS.get(small) or UNITS.get(one)
+        known = unit_named(name)
         if per:
             sign = -1
         elif known:
@@ -736,18 +736,29 @@ def read_unit(text: str, nouns: bool = False, attached: bool = False) -> Unit | 
     return size, dimensions or (THINGS if noun else ())
 
 
+def unit_named(name: str) -> Unit | None:
+    """A unit by its name, in singular or plural; of three letters and more in capitals or small ones."""
+    small = name.lower() if len(name) > 2 else name
+    return UNITS.get(name) or UNITS.get(small) or (UNITS.get(small[:-1]) if small[2:] and small[-1] == "s" else None)
+
 
 UNITS: dict[str, Unit] = {}  # by name: its size and dimensions
-for entry in UNIT_TABLE.replace("\n", "|").split("|"):
-    names, _, definition = entry.partition("=")
-    factor, _, base = definition.partition(" ")
-    size, dimensions = read_unit(base) or (Fraction(1), ())
-    for name in names.split():
-        for prefixes, scale in PREFIXES.items():
-            for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
-                unit = size * Fraction(factor or 1) * Fraction(scale), dimensions or ((names.split()[0], 1),)
-                UNITS[prefix + name] = unit
-UNITS.update({name.lower(): unit for name, unit in UNITS.items() if len(name) > 2})
+
+
+def _fill_units() -> None:
+    for entry in UNIT_TABLE.replace("\n", "|").split("|"):
+        names, _, definition = entry.partition("=")
+        factor, _, base = definition.partition(" ")
+        size, dimensions = read_unit(base) or (Fraction(1), ())
+        for name in names.split():
+            for prefixes, scale in PREFIXES.items():
+                for prefix in (prefixes.split() or [""]) if name in LONG or not prefixes else ():
+                    unit = size * Fraction(factor or 1) * Fraction(scale), dimensions or ((names.split()[0], 1),)
+                    UNITS[prefix + name] = unit
+    UNITS.update({name.lower(): unit for name, unit in UNITS.items() if len(name) > 2})
+
+
+_fill_units()
 
 
 def same_quantity(answer: Quantity | None, gold: Quantity | None, precision: int | None) -> bool:

@@ -311,7 +311,7 @@ def test_what_cannot_be_meant_is_refused_before_hours_are_lost(command, tmp_path
     refused("mathvist: no benchmark of that name .there are toy, mathvista, mathvision", "--benchmark", "mathvist")
     refused("no/such.* no such file", "--benchmark", "toy,mathvista=/no/such/folder")
     refused("not a Qwen", model=tmp_path)
-    refused("there are none, think, observe", "--prompt", "cot")
+    refused("there are none, steps, think, observe", "--prompt", "cot")
     refused("are both called toy", "--benchmark", "toy,toy", "--limit", 2)
     refused("each style only once", "--prompt", "none,none", "--limit", 2)
     refused("each style only once", "--prompt", ",", "--limit", 2)
