@@ -1175,11 +1175,10 @@ def _polymath(row: dict) -> dict:
 
 def _scemqa(row: dict) -> dict:
     """Rows as json_rows flattens them: their subject and number in it added."""
-    answer = row.get("Answer (final answer highlighted)", "")
-    golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", answer)]  # (one \anser)
+    told = row.get("Answer (final answer highlighted)", "")
+    golds = [gold.strip() for gold in re.findall(r"\\answ?er\{((?:[^{}]|\{[^{}]*\})*)\}", told)]  # (one \anser)
     free = row["subject"].endswith("Free_Response")
-    fields = {"question": row["Question"].strip(), "answers": golds}
-    fields = fields if free else _inline_choice(row["Question"], answer)
+    fields = {"question": row["Question"].strip(), "answers": golds} if free else _inline_choice(row["Question"], told)
     return fields | {"id": f"{row['subject']}-{row['number']}", "images": row["ImagePath"],
                      "meta": {"subject": row["subject"].split("_")[0].lower(), "free_response": free}}
 
