@@ -755,9 +755,7 @@ def settings_of(args: argparse.Namespace, rows: dict[str, list[Made]]) -> dict:
                 "trained": trained_by(args.model)}
     for label, made in rows.items():
         settings[f"data {label}"] = data_digest([r for r in made if isinstance(r, Record)])
-    return settings | {key: getattr(args, key) for key in (
-        "responses", "benchmark", "prompt", "temperature", "samples", "max_tokens", "max_pixels", "rows", "seed",
-        "limit", "skip_bad")}
+    return settings | {key: value for key, value in vars(args).items() if key not in ("model", "out")}
 
 
 def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
