@@ -576,7 +576,8 @@ def begun(folder: Path, settings: dict, free: Iterable[str] = ()) -> bool:
             raise ValueError(f"{folder} is not empty and holds no run of {settings['program']}; give another --out")
         return False
     kept = read_json(file)
-    if "program" not in kept:
+    unknown = [key for key in settings.keys() - kept.keys() - set(free) if not key.startswith("data ")]
+    if "program" not in kept or kept["program"] == settings["program"] and unknown:
         raise ValueError(f"{folder} holds a run of an older version of this code; take that, or give another --out")
     changed = [f"  {key}: {kept.get(key)} there, {settings.get(key)} now" for key in kept | settings
                if key not in free and kept.get(key) != settings.get(key)]

@@ -156,7 +156,8 @@ PROMPTS: dict[str, str] = {
                "then reason step by step inside <think> </think>, "
                "then write only the final answer inside <answer> </answer>.",
 }
-TAGS: dict[str, Texts] = {style: tuple(re.findall(r"<(\w+)>", prompt)) for style, prompt in PROMPTS.items()}
+TAGS: dict[str, Texts] = {
+    style: tuple(dict.fromkeys(re.findall(r"<(\w+)>", prompt))) for style, prompt in PROMPTS.items()}
 SECTIONS = tuple(dict.fromkeys([*TAGS["observe"], *(tag for tags in TAGS.values() for tag in tags)]))  # of all styles
 TAG = re.compile(rf"(<\s*(?:/\s*)?(?:{'|'.join(SECTIONS)})\b[^<>]*>)", re.IGNORECASE)  # misspelt ones count too
 

@@ -564,7 +564,9 @@ def load_policy(path: str, device: torch.device | str = "cpu", *, dtype: torch.d
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a model folder, and no model of that name can be fetched: {error}") from error
+        named = f", of which the adapters in {adapters} are" if adapters else ""
+        raise ValueError(f"{path}{named}: not a model folder, and no model of that name can be fetched: {error}"
+                         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(f"{path} is a {config.model_type!r} model; this code knows {', '.join(FAMILIES)}")
     if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
@@ -602,12 +604,13 @@ def add_adapters(model: PreTrainedModel, folder: str, rank: int, freeze_vision: 
     from peft.utils import load_peft_weights
 
     blocks = r"language_model\.layers" if freeze_vision else r"(language_model\.layers|visual\.blocks)"
+    base = model.name_or_path
     config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=rf"model\.{blocks}\..*(proj|qkv|fc1|fc2)",
-                        base_model_name_or_path=model.name_or_path)
+                        base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base)
     if folder:
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode = False
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # (peft draws on the CPU)
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
     for weight in model.parameters():
@@ -681,7 +684,7 @@ def load_trainer(source: str, processor: Processor, device: torch.device, *, lr:
     when the adapters are off. A collective."""
     if lora_rank == 0 and has_adapters(source) or has_adapters(start):
         raise ValueError(f"{start or source} holds LoRA adapters, not a model to train: merge them first, "
-                         "AutoPeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)")
+                         "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...)")
     sharded, half = rank_and_world()[1] > 1 or offload, torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def ready(model: PreTrainedModel) -> PreTrainedModel:  # each is shared out before the next is loaded: together,

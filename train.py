@@ -20,7 +20,8 @@ and curriculum stand at the head of their own files:
      none. Set, ours is the k3 estimator in the loss.
   3. A group without signal (weight 0, or equal rewards) is not forwarded and its tokens are not counted; the official
      code forwards it with weight 0, which shrinks the step of the others. --count-no-signal restores the count; with a
-     KL, which every group has, it is forwarded. --refill samples others in its place, as the official code can.
+     KL, which every group has, it is forwarded; not with --refill, which samples others in its place, as the official
+     code can.
   4. The responses of a group stay together in one update; the official code scatters them over the 16 of a rollout.
   5. --order says the order; the official --shuffle switches shuffling off.
   6. The logged reward is the reward used; the official log leaves the bonus out.
@@ -130,17 +131,18 @@ def grpo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: to
 # --- one update -------------------------------------------------------------------------------------------------------
 
 def update(policy: Policy, groups: list[Group | None], responses: list[list[Response]], rewards: Rewards,
-           lrs: list[float], cfg: Config) -> dict[str, float]:
+           lrs: list[float], cfg: Config, wanted: int = 0) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    groups, responses: of all P prompts; None for a group that another rank has sampled. Raises FloatingPointError, on
+    groups, responses: of all P prompts; None for a group that another rank has sampled. wanted: with --refill the
+    groups that are learned from, the first with a signal; without it all are. Raises FloatingPointError, on
     all ranks and before the weights change, when the loss is not finite. A collective."""
     device, world = device_of(policy.model), rank_and_world()[1]
     parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
     chosen = np.arange(len(responses))
     if cfg.refill > 1:  # (those without signal were made up for)
-        chosen = np.flatnonzero(rewards.signal)[:cfg.prompts_per_rollout]
+        chosen = np.flatnonzero(rewards.signal)[:wanted]
     for part in np.array_split(chosen, len(lrs)):
         rows, tokens, sequences = rows_of(part, groups, responses, rewards, cfg)
         parts.append(micro_batches(rows, cfg.micro_tokens))
@@ -284,7 +286,10 @@ def main(args: list[str] | None = None) -> None:
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
-    left = max(0, cfg.max_steps - curriculum.position) if cfg.max_steps else None  # None: all
+    left = None  # all
+    if cfg.max_steps:  # (a refilled rollout that has begun goes on past it)
+        left = max(0, cfg.max_steps - curriculum.position)
+        left += (cfg.refill - 1) * (left > 0)
     shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:][:left]]
     coming = encode_ahead(policy.processor, shares, cfg.prompt)  # (prompts, made while the policy is at work)
     rollout = Rollout()
@@ -305,30 +310,32 @@ def main(args: list[str] | None = None) -> None:
         rollout.add(batch, groups, gather_shares(judge(groups, cfg.prompt)))  # [P][G], scored by rewards.score
         rewards = reward(rollout.responses, cfg)
         rollout.ends("reward")
-        if rollout.wants_more(rewards, cfg) and not (batch.ends_stage or step == cfg.max_steps):
+        if rollout.wants_more(rewards, cfg):
             continue
         metrics = step_metrics(rollout.responses, rewards) | run.first_look(rollout)
         run.log_groups(step, rollout, rewards, metrics)
+        rollout.ends("reward")
 
         # 3. Update the policy, then its replica that samples: L = - sum min(ratio adv, clip(ratio) adv) / tokens.
         try:
             stats = update(policy, rollout.groups, rollout.responses, rewards,
-                           learning_rates(step, len(curriculum), cfg), cfg)
+                           learning_rates(step, len(curriculum), cfg), cfg, rollout.wanted)
         except FloatingPointError as error:
             raise SystemExit(run.not_finite(step, rollout, error)) from error
         copy_weights(policy)
         rollout.ends("update")
 
         # 4. Log.
-        run.log_step(step, batch, metrics | stats | system_metrics(rollout, device))
+        run.log_step(step, rollout, metrics | stats | system_metrics(rollout, device))
+        rollout.groups.clear()
         del prompts, groups  # (or the pictures of three batches would be in memory)
-        rollout = Rollout()
 
         # 5. Save; at the end of a stage, evaluate.
         run.save_if_due(batch)
         run.evaluate_if_due()
-        if run.signals.asked_of_any():
+        if run.signals.asked_of_any() or step >= (cfg.max_steps or math.inf):
             break
+        rollout = Rollout()
     run.close()
     stop_processes()
 
@@ -452,7 +459,8 @@ class Config:
                               technical=True)
     keep: int = setting(2, "newest checkpoints kept", 1, technical=True)
     max_steps: int = setting(
-        0, "stop after so many rollouts, for --resume to go on; lr is that of the whole run; 0: all", 0, technical=True)
+        0, "stop after so many rollouts (of --refill the batches count), for --resume to go on; lr is that of the "
+        "whole run; 0: all", 0, technical=True)
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
         "none", "also log there, through accelerate", technical=True)
     seed: int = setting(0, "of sampling and of the order inside a stage", 0)
@@ -590,9 +598,16 @@ class Rollout:
         self.groups += [groups[p // world] if p % world == rank else None for p in range(len(responses))]
         self.responses += responses
 
+    @property
+    def wanted(self) -> int:
+        """P, the groups with a signal that are to be learned from. (A stage is cut evenly: its batches may be smaller.)
+        """
+        return len(self.batches[0].records)
+
     def wants_more(self, rewards: Rewards, cfg: Config) -> bool:
-        """Have fewer than P groups a signal, and may another batch be sampled?"""
-        return len(self.batches) < cfg.refill and int(rewards.signal.sum()) < cfg.prompts_per_rollout
+        """Have fewer groups a signal, and may another batch of the stage be sampled?"""
+        few = int(rewards.signal.sum()) < self.wanted
+        return few and len(self.batches) < cfg.refill and not self.batches[-1].ends_stage
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------
@@ -671,18 +686,20 @@ class Run:
         """At a run's first rollout: are the pictures seen? A collective."""
         if self.curriculum.position > len(rollout.batches):
             return {}
-        mine = [group for group in rollout.groups[:LOOKED_AT] if group is not None]
-        return self.pictures_seen([(self.records[g.record.id], g.prompt, g.samples[0].ids) for g in mine])
+        pictured = [group for record, group in zip(rollout.records, rollout.groups) if self.records[record.id].images]
+        return self.pictures_seen([(g.prompt, g.samples[0].ids) for g in pictured[:LOOKED_AT] if g is not None])
 
-    def pictures_seen(self, looked_at: list[tuple[Record, Prompt, list[int]]]) -> dict:
-        """Of a few problems as they were loaded, their prompts and a response each, those that this rank has: how much
-        grey pictures change the log-probs of the responses; a warning where they do not. A collective."""
-        changes = [picture_effect(self.policy.sampler, self.policy.processor, prompt, ids, self.cfg.temperature)
-                   if record.images and ids else None for record, prompt, ids in looked_at]
-        seen = mean(itertools.chain.from_iterable(gather_shares([changes])))
-        if seen is not None and seen < UNSEEN and self.chief:
-            tqdm.write(f"warning: the pictures are not seen: grey ones in their place change the log-probs of the "
-                       f"responses by {seen:.1g} nats a token. Were they lost on the way, or the model's tower?")
+    def pictures_seen(self, looked_at: list[tuple[Prompt, list[int]]]) -> dict:
+        """Of some problems that were loaded with pictures, the prompts and a response each, those that this rank has:
+        how much grey pictures change the log-probs of the responses; a warning where they do not. A collective."""
+        mine = [picture_effect(self.policy.sampler, self.policy.processor, prompt, ids, self.cfg.temperature)
+                for prompt, ids in looked_at if ids]
+        changes = list(itertools.chain.from_iterable(gather_shares([mine])))
+        seen, blind = mean(changes), changes.count(0.0)
+        if self.chief and seen is not None and (blind or not seen >= UNSEEN):
+            tqdm.write(f"warning: the pictures are not seen: grey ones in their place change the log-probs of "
+                       f"{len(changes)} responses by {seen:.1g} nats a token, and those of {blind} not at all. Were "
+                       "they lost on the way to the model, or inside it?")
         return {} if seen is None else {"picture_effect": seen}
 
     def log_groups(self, step: int, rollout: Rollout, rewards: Rewards, metrics: dict) -> None:
@@ -692,13 +709,14 @@ class Run:
         if step == len(rollout.batches) and self.chief:
             warn_first_rollout(metrics, self.cfg)
 
-    def log_step(self, step: int, batch: Batch, metrics: dict) -> None:
-        metrics = {"step": step, "stage": batch.stage} | metrics
+    def log_step(self, step: int, rollout: Rollout, metrics: dict) -> None:
+        stage = rollout.batches[0].stage
+        metrics = {"step": step, "stage": stage} | metrics
         self.log("metrics.jsonl", [metrics])
         if self.tracker is not None:
             self.tracker.log({k: v for k, v in metrics.items() if isinstance(v, (int, float))}, step=step)
-        self.bar.update()
-        self.bar.set_postfix(stage=batch.stage, reward=f"{metrics['reward']:.2f}",
+        self.bar.update(len(rollout.batches))
+        self.bar.set_postfix(stage=stage, reward=f"{metrics['reward']:.2f}",
                              accuracy=f"{metrics['accuracy']:.2f}", length=f"{metrics['length']:.0f}")
 
     def evaluate_if_due(self) -> None:
@@ -709,15 +727,19 @@ class Run:
             line = held_out(self.policy, self.test, self.cfg, self.folder / "held-out", step, ends, self.signals)
             if line:
                 rank, world = rank_and_world()
-                mine = list(zip(self.test, line["shown"]))[:LOOKED_AT][rank::world]
-                encode, tokens = self.policy.processor.encode, self.policy.processor.tokenizer
-                line |= self.pictures_seen([(record, encode(record, self.cfg.prompt), tokens(told["text"]).input_ids)
-                                            for record, told in mine])
+                pictured = [each for each in zip(self.test, line["shown"]) if each[0].images]
+                line |= self.pictures_seen([self.told(*each) for each in pictured[:LOOKED_AT][rank::world]])
                 self.evals[step] = line["eval"]
                 self.log("metrics.jsonl", [{"step": step} | line])
                 self.prune()
         if step == self.saved < steps:
             self.draw()
+
+    def told(self, record: Record, shown: dict) -> tuple[Prompt, list[int]]:
+        """A held-out problem's prompt, made again, and its response's text as tokens, without any vision tokens."""
+        processor = self.policy.processor
+        ids = processor.tokenizer(shown["text"], add_special_tokens=False).input_ids
+        return processor.encode(record, self.cfg.prompt), [i for i in ids if i not in processor.vision_ids]
 
     def save_if_due(self, batch: Batch | None) -> None:
         """At each stage's end and every --save-every steps; without a batch: now. Not twice for one step."""
@@ -769,7 +791,7 @@ class Run:
                   f"were. {NO_SIGNAL}")
         if step < steps or (self.test and steps not in self.evals):
             print(f"stopped after step {step}, saved; the same command with --resume"
-                  f"{' and a larger --max-steps' * (step == self.cfg.max_steps)} goes on")
+                  f"{' and a larger --max-steps' * (0 < self.cfg.max_steps <= step)} goes on")
             return
         if self.test:
             print("\n" + before_after(self.evals[0], self.evals[steps]))

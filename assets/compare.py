@@ -83,7 +83,7 @@ def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict], hi
 def trained_by_level(history: Iterable[dict]) -> dict[str, float]:
     """Difficulty then and now: of the problems of each level that was measured, how many were right in training."""
     levels: dict[float, list[float]] = {}
-    for line in history:
+    for line in {line["id"]: line for line in history}.values():  # (the last pass over each)
         if line["difficulty"] is not None:
             levels.setdefault(line["difficulty"], []).append(100 * line["right"] / line["of"])
     return {f"{level:.3f}, in training, %": float(np.mean(rates)) for level, rates in sorted(levels.items())}

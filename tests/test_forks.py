@@ -13,7 +13,7 @@ from conftest import lines
 from PIL import Image
 
 import train
-from curriculum import Curriculum, low_complexity_cut
+from curriculum import Batch, Curriculum, low_complexity_cut
 from data import Record, load_records, open_image
 from rewards import PROMPTS, TAGS, format_reward, score
 from rollout import Packed, picture_effect, response_logprobs
@@ -101,9 +101,19 @@ def test_refill_learns_from_as_many_groups_as_ever(model, processor, monkeypatch
     policy = train.Policy(model, model, None, torch.optim.SGD(model.parameters()), processor)
     for refill, want in ((1, [[0, 1, 2], [3, 4, 5]]), (3, [[1], [3]])):
         parts.clear()
-        train.update(policy, [None] * 6, rollout.responses, rewards, [0.0, 0.0],
-                     train.Config(refill=refill, prompts_per_rollout=2))
+        train.update(policy, [None] * 6, rollout.responses, rewards, [0.0, 0.0], train.Config(refill=refill), 2)
         assert parts == want
+
+
+def test_a_smaller_batch_wants_no_more_than_its_own_number():
+    """A stage of 9 is three batches of 3, for P = 4: asked for 4 each, it sampled a second one and threw it away."""
+    rollout, cfg = train.Rollout(), train.Config(refill=3, prompts_per_rollout=4)
+    for ends, signals, more in ((False, [True, True, False], True), (False, [True] * 5 + [False], False)):
+        rollout.add(Batch(0, [Record("r", "?", "1")] * 3, ends), [None] * 3, [[]] * 3)
+        assert rollout.wants_more(type("Worth", (), {"signal": torch.tensor(signals)}), cfg) == more
+    assert rollout.wanted == 3
+    rollout.batches[-1] = Batch(0, rollout.batches[0].records, True)
+    assert not rollout.wants_more(type("Worth", (), {"signal": torch.tensor([False] * 6)}), cfg), "the stage has ended"
 
 
 def test_a_refilled_run_that_was_stopped_goes_on_the_same(refilled, tmp_path, monkeypatch):
@@ -123,6 +133,19 @@ def test_a_refilled_run_that_was_stopped_goes_on_the_same(refilled, tmp_path, mo
         patch.setattr(train, "sample_groups", stop)
         main([*options, "--out", str(run)])
     assert len(history(run)) < len(history(whole))
+    main([*options, "--out", str(run), "--resume"])
+    assert lines(run) == lines(whole) and history(run) == history(whole)
+
+
+def test_a_refilled_run_is_the_same_when_it_is_stopped_by_max_steps(refilled, tmp_path):
+    """The cut made a rollout of fewer batches than the whole run's, and so other weights."""
+    options, whole = refilled
+    first = next(line["step"] for line in lines(whole) if line.get("problems", 0) > 2)
+    run = tmp_path / "run"
+    main([*options, "--out", str(run), "--max-steps", str(first - 1)])
+    assert lines(run)[-1]["step"] == first, "what has begun is finished"
+    main([*options, "--out", str(run), "--max-steps", str(first - 1), "--resume"])
+    assert lines(run)[-1]["step"] == first
     main([*options, "--out", str(run), "--resume"])
     assert lines(run) == lines(whole) and history(run) == history(whole)
 
@@ -217,6 +240,20 @@ def test_a_blind_tower_is_noticed_at_each_evaluation(small, tmp_path, monkeypatc
     main([*small, "--stage", "0", "--out", str(tmp_path / "run")])
     effects = [line["picture_effect"] for line in lines(tmp_path / "run") if "picture_effect" in line]
     assert effects == [0, 0, 0] and capsys.readouterr().out.count("the pictures are not seen") == 3
+
+
+def test_what_a_response_spells_out_does_not_hurt_the_sentinel(small, tmp_path, monkeypatch):
+    """A model may write "<|image_pad|>" letter by letter; read back as the token, it is a picture without pixels."""
+    def odd(*args):
+        line = real(*args)
+        spelt = ("<|image_pad|> 3", "<|vision_start|>")
+        line["shown"] = [told | {"text": text} for told, text in zip(line["shown"], spelt)]
+        return line
+
+    real = train.held_out
+    monkeypatch.setattr(train, "held_out", odd)
+    main([*small, "--stage", "0", "--max-steps", "1", "--out", str(tmp_path / "run")])
+    assert all(0 < line["picture_effect"] < 100 for line in lines(tmp_path / "run") if "eval" in line)
 
 
 def test_every_problem_has_its_history(small, whole_run):
