@@ -15,9 +15,8 @@ Departures and inferences:
      stages take its less complex problems, as the paper sorts by difficulty, then complexity.
   3. "All records in exactly these shares" has no solution in general. Ours is the largest ladder that over-draws no
      level; beyond that size a scarce level gives what it has and the stage is filled from the rest of its window.
-  4. The paper drops problems that are always solved and of low complexity, under a threshold it does not give; ours
-     drops the least complex tenth of them (--low-complexity 0.1; 0 drops none), or those of fewer tokens than
-     --min-complexity (in the paper's figure 2 and 23 are dropped, and 56 is kept).
+  4. The threshold under which the paper drops always solved problems is not given (its figure drops 2 and 23 tokens,
+     and keeps 56); ours drops the least complex tenth of them (--low-complexity), or those under --min-complexity.
   5. A stage's last batch is not dropped or padded: the stage is cut into batches that differ by at most one problem.
   6. The paper's simple-question filter asks a "small MLLM", not named; ours asks the measuring model unless told
      another. A direct answer gets 128 tokens: what is cut off there was not simple.
