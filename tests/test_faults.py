@@ -30,7 +30,7 @@ import eval as evaluation
 import train
 from data import Processor, load_records, save_records
 from rollout import load_policy
-from train import checkpoints, main, mark_best_and_prune, newest_whole
+from train import LOGS, checkpoints, main, mark_best_and_prune, newest_whole
 
 
 def same_run(run: Path, whole: Path) -> None:
@@ -149,15 +149,17 @@ def test_where_log_and_checkpoints_disagree_nothing_is_lost(small, copy, harm, t
 
 
 def test_what_a_killed_process_left_is_trained_again(small, copy, whole_run):
-    """Steps after the newest checkpoint, and half a line; and of a run killed in its first step the responses."""
+    """Steps after the newest checkpoint, and half a line; and of a run killed in its first step what it was to learn
+    from."""
     shutil.rmtree(copy / "checkpoint-000006")
-    for name in ("metrics.jsonl", "responses.jsonl"):
+    for name in LOGS:
         cut(copy / name)
     main([*small, "--out", str(copy), "--resume"])
     same_run(copy, whole_run)
     without_checkpoints(copy)
     ends_at(copy / "metrics.jsonl", 0)
-    ends_at(copy / "responses.jsonl", 1)
+    for name in LOGS[1:]:
+        ends_at(copy / name, 1)
     for file in (copy / "held-out").glob("step*[1-9]-*"):
         file.unlink()
     main([*small, "--out", str(copy), "--resume"])
