@@ -75,6 +75,16 @@ def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
             assert r.accuracy == accuracy_reward(r.text, record) and r.observation is not None
 
 
+def test_another_seed_samples_other_responses(shipped, processor, test_set):
+    """--seed stood in the settings, and a line that did not hand it on passed the whole suite: avg@k of one draw."""
+    def texts(seed: int) -> list[str]:
+        results = evaluate(shipped, processor, test_set[:4], style="observe", temperature=1, samples=2, max_tokens=60,
+                           seed=seed)
+        return [response.text for result in results for response in result.responses]
+
+    assert texts(0) == texts(0) != texts(1)
+
+
 def test_a_changed_picture_of_any_record_is_noticed(tmp_path):
     """Of Parquet, bytes, path and PIL image alike; 64 records were looked into, and record 1 of 130 was none of them.
     A picture that cannot be read is left to check_records, a file that moves is the same."""
