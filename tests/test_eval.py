@@ -76,7 +76,7 @@ def test_evaluation_uses_the_judge_of_training(shipped, processor, test_set):
 
 
 def test_another_seed_samples_other_responses(shipped, processor, test_set):
-    """--seed stood in the settings, and a line that did not hand it on passed the whole suite: avg@k of one draw."""
+    """--seed stood in the settings, and a line that did not hand it on passed its tests."""
     def texts(seed: int) -> list[str]:
         results = evaluate(shipped, processor, test_set[:4], style="observe", temperature=1, samples=2, max_tokens=60,
                            seed=seed)
