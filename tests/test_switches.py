@@ -572,6 +572,15 @@ def test_problems_are_measured_as_the_command_says(monkeypatch, shipped, process
     assert len({(r["answer"], r["tokens"]) for r in got[records[0].id]}) > 1, "eight, and not one eight times"
 
 
+def test_a_small_ladder_draws_its_problems_from_all():
+    """The first of each level by id, and other problems for no seed: a ladder of one source where files are joined."""
+    records = [Record(f"{level}-{i:03d}", "?", "1", difficulty=level / 8, complexity=1.0) for level in range(9)
+               for i in range(300)]
+    taken = [{r.id for r in build_ladder(records, size=300, seed=seed)} for seed in (0, 1)]
+    places = torch.tensor([float(name[2:]) for name in taken[0]])
+    assert len(taken[0] & taken[1]) < 100 and 130 < places.mean() < 170 and places.max() > 280
+
+
 def test_inside_a_stage_the_ladder_is_shuffled():
     """Level by level, a stage would be sorted by difficulty, which is another order of training."""
     records = [Record(f"{level}-{i}", "?", "1", difficulty=level / 8, complexity=float(i)) for level in range(9)
