@@ -26,7 +26,7 @@ from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import TOY, drawn, label_of, markdown, mean, percent  # noqa: E402
-from train import TECHNICAL  # noqa: E402
+from train import TECHNICAL, read_log  # noqa: E402
 
 # What runs of one setting may differ in; what was asked of an evaluation is told by its data.
 UNEQUAL = ("program", "seed", "out", "resume", "model", "trained", "responses", "benchmark", "rows", *TECHNICAL)
@@ -56,12 +56,8 @@ def read_runs(folder: Path) -> list[Run]:
         raise ValueError(f"{folder}: no finished run of train.py (with --test) or eval.py: {error}") from error
     if not settings:
         return evaluation_runs(folder, scores)
-    return [training_run(folder, settings, scores, read_lines(folder / "metrics.jsonl"),
-                         read_lines(folder / "problems.jsonl"))]
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [training_run(folder, settings, scores, read_log(folder / "metrics.jsonl"),
+                         read_log(folder / "problems.jsonl"))]
 
 
 def training_run(folder: Path, kept: dict, scores: dict, metrics: list[dict], history: Iterable[dict] = ()) -> Run:
