@@ -210,6 +210,11 @@ def stage_table(ladder: list[Record]) -> np.ndarray:
 
 # --- the order of training --------------------------------------------------------------------------------------------
 
+DRAWN = ("gaussian", "adaptive")  # orders whose batches are drawn from all problems
+REVIEWED = 0.25  # share of a stage that gives way to problems of the stages before it
+BELL = 4.0  # levels, standard deviation: at the end the easiest level still has 14% of the hardest one's chance
+NEWS, LEAST = 0.1, 0.01  # what one problem moves its level's running pass rate by; added to p (1 - p)
+
 @dataclass(frozen=True)
 class Batch:
     """The problems of one rollout."""
@@ -222,9 +227,9 @@ class Batch:
 def blocks_of(records: list[Record], order: str, stages: range | None) -> list[tuple[int | None, list[Record]]]:
     """The problems of each stage, in the order in which the stages are trained on. Raises ValueError, with the remedy,
     where the records or the order have no such stages."""
-    if order == "random":
+    if order in ("random", *DRAWN):
         if stages is not None:
-            raise ValueError("--order random knows no stages; leave --stage at all")
+            raise ValueError(f"--order {order} knows no stages; leave --stage at all")
         return [(None, records)]
     blocks: dict[int, list[Record]] = {}
     for record in records:
@@ -242,24 +247,69 @@ def blocks_of(records: list[Record], order: str, stages: range | None) -> list[t
 class Curriculum:
     """The batches of one run, in order, never across two stages; iterating goes on from where it stands.
 
-    order: ladder (stages easy to hard) | reverse (stages hard to easy) | sorted (by difficulty, then complexity,
-    without mixing: a stage is a level) | random (all shuffled, no stages; the only one for unmeasured data).
-    stages: which stages to take; None for all. Inside a stage of ladder and reverse the shuffle is seeded. epochs: so
-    often are all of them walked through.
+    order:
+        ladder, reverse     stages easy to hard, or hard to easy; inside a stage a seeded shuffle
+        sorted              by difficulty, then complexity, without mixing: a stage is a level
+        random              all shuffled, no stages; the only one for unmeasured data
+        review              the ladder, where a quarter of each stage gives way to problems of the stages before it,
+                            against the forgetting of what was solved (2606.03087)
+        gaussian            no stages; levels are drawn by a bell whose mean rises from the easiest to the hardest, and
+                            which leaves all of them a chance (E2H-G, 2506.06632, with a wider bell)
+        adaptive            no stages; problems are drawn by p (1 - p), p the running pass rate of their level
+    In the last two any problem may come again, or never; in a batch each is once. stages: which to take; None for all.
+    epochs: so often are all of them walked through.
     A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config."""
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
                  seed: int = 0, epochs: int = 1):
         self.batches: list[Batch] = []
+        self.order, self.seed = order, seed
+        seen: list[Record] = []
         for epoch, (stage, block) in itertools.product(range(epochs), blocks_of(records, order, stages)):
+            rng = np.random.default_rng([seed, 0 if stage is None else stage + 1, epoch])
             if order == "sorted":
                 block = sorted(block, key=lambda r: (r.difficulty, r.complexity, r.id))
             else:  # (a stage's shuffle does not depend on which other stages are taken)
-                rng = np.random.default_rng([seed, 0 if stage is None else stage + 1, epoch])
                 block = [block[i] for i in rng.permutation(len(block))]
+            if order == "review":
+                old = min(int(REVIEWED * len(block)), len(seen))
+                new, again = block[:len(block) - old], rng.permutation(len(seen))[:old]
+                mixed = new + [seen[i] for i in again]
+                block, seen = [mixed[i] for i in rng.permutation(len(mixed))], seen + new
             parts = np.array_split(np.arange(len(block)), -(-len(block) // batch_size))
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
+        self.records = [record for batch in self.batches for record in batch.records]
         self.position = 0  # batches already used
+        self.began_as = self.digest()
+        self.rates: list[list[float]] = []  # of the batches used (of adaptive): the pass rates of their problems
+        self.running = 1 - np.arange(LEVELS) / (LEVELS - 1)  # [L] pass rate, at first as the levels were measured
+        if order in DRAWN:
+            self.levels = np.array([level_of(record) for record in self.records])
+            for k in range(len(self) if order == "gaussian" else min(2, len(self))):
+                self.draw(k)
+
+    def draw(self, k: int) -> None:
+        """Choose the problems of batch k anew."""
+        if self.order == "gaussian":
+            mean = (LEVELS - 1) * k / max(1, len(self) - 1)
+            bell = np.exp(-((np.arange(LEVELS) - mean) / BELL) ** 2 / 2)
+            chance = bell / np.bincount(self.levels, minlength=LEVELS).clip(1)  # (of a level, however many it has)
+        else:
+            chance = self.running * (1 - self.running) + LEAST
+        each = chance[self.levels]
+        drawn = np.random.default_rng([self.seed, k]).choice(
+            len(each), len(self.batches[k].records), replace=False, p=each / each.sum())
+        self.batches[k] = replace(self.batches[k], records=[self.records[i] for i in drawn])
+
+    def learned(self, rates: list[float]) -> None:
+        """Of adaptive: note the pass rates of the newest batch's problems, and choose the next batch but one by them.
+        (The pictures of the next one are made already.)"""
+        if self.order == "adaptive":
+            self.rates.append(rates)
+            for record, rate in zip(self.batches[self.position - 1].records, rates):
+                self.running[level_of(record)] += NEWS * (rate - self.running[level_of(record)])
+            if self.position + 1 < len(self):
+                self.draw(self.position + 1)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -272,6 +322,7 @@ class Curriculum:
     def undo(self, count: int = 1) -> None:
         """Give the newest batches back: they were not learned from."""
         self.position -= count
+        del self.rates[self.position:]
 
     def digest(self) -> str:
         """Changes with the choice of problems, their order and the batches (their content: eval.data_digest)."""
@@ -279,13 +330,15 @@ class Curriculum:
         return hashlib.sha256(f"{len(self)}\n{text}".encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict:
-        return {"position": self.position, "digest": self.digest()}
+        return {"position": self.position, "digest": self.began_as, "rates": self.rates}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the data or its order is not what the state was saved with."""
-        if state["digest"] != self.digest():
+        if state["digest"] != self.began_as:
             raise ValueError("the training data, its order or the batch size changed since the checkpoint was saved; "
                              "resume with what the run began with, or start a new run")
+        for self.position, rates in enumerate(state["rates"], 1):  # (adaptive chooses again what it chose)
+            self.learned(rates)
         self.position = state["position"]
 
 

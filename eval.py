@@ -46,6 +46,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from data import (BENCHMARKS, DATASETS, PROMPTS, QUIET, Dropped, Made, Picture, Processor, Record, Rows, batches,
@@ -395,26 +396,28 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def tables(scores: list[dict]) -> str:
     """What eval.py prints: a row for each benchmark, prompt style and sampling; then each benchmark's sub-scores."""
-    many = any(s["samples"] > 1 for s in scores)
-    header = ["benchmark", "prompt", "sampling", "problems", "accuracy %, 95% interval",
+    many, blind = any(s["samples"] > 1 for s in scores), any(s["pictures"] != "given" for s in scores)
+    header = ["benchmark", "prompt", "sampling", *(["pictures"] if blind else []), "problems",
+              "accuracy %, 95% interval", *(["against given, paired"] if blind else []),
               *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
               f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}", "cut off %"]
-    texts = [markdown(header, [row_of(s, many) for s in scores])]
+    texts = [markdown(header, [row_of(s, many, blind) for s in scores])]
     for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
         texts.append(parts_table(benchmark, [s for s in scores if s["benchmark"] == benchmark]))
     return "\n".join(text for text in texts if text)
 
 
-def row_of(s: dict, many: bool) -> list[str]:
+def row_of(s: dict, many: bool, blind: bool) -> list[str]:
     k, several = s["samples"], []
+    change = [percent(s.get("against_given"), s.get("against_interval"), "+")] if blind else []
     if many:
         passes = [f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1]
         several = [percent(s["majority"]) if k > 1 else "-", "  ".join(passes) or "-"]
     sections = [f"{part['length']:.0f} ({part['share']:.0%})" for part in s["sections"].values()]
-    return [s["benchmark"], s["prompt"], f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"], str(s["problems"]),
-            percent(s["accuracy"], s["interval"]), *several, percent(s["format"]), percent(s["unreadable"]),
-            percent(s["observation"]), "-" if s["length"] is None else f"{s['length']:.0f}",
-            " / ".join(sections) or "-", percent(s["truncated"])]
+    return [s["benchmark"], s["prompt"], f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"],
+            *([s["pictures"]] if blind else []), str(s["problems"]), percent(s["accuracy"], s["interval"]), *change,
+            *several, percent(s["format"]), percent(s["unreadable"]), percent(s["observation"]),
+            "-" if s["length"] is None else f"{s['length']:.0f}", " / ".join(sections) or "-", percent(s["truncated"])]
 
 
 def parts_table(benchmark: str, runs: list[dict]) -> str:
@@ -439,7 +442,9 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
                      "rule can read the gold); they count as wrong. scores.json names them.")
     if first["published"] not in (None, first["problems"]):
         notes.append(f"{benchmark}: these are {first['problems']} of {first['published']} published problems.")
-    table = markdown([benchmark, "problems", *(f"{s['prompt']}, {s['sampling']}" for s in runs)], lines)
+    heads = [", ".join([s["prompt"], s["sampling"], *([s["pictures"]] if s["pictures"] != "given" else [])])
+             for s in runs]
+    table = markdown([benchmark, "problems", *heads], lines)
     return "\n".join((["", table] if lines else []) + notes)
 
 
@@ -656,10 +661,16 @@ class Job:
     sampling: str  # greedy, T=1, ..., or given: by another engine
     temperature: float
     samples: int
+    pictures: str = "given"
 
     @property
     def name(self) -> str:
-        return f"{self.benchmark}-{self.prompt}-{self.sampling}"
+        return f"{self.benchmark}-{self.prompt}-{self.sampling}" + self.other
+
+    @property
+    def other(self) -> str:
+        """What tells that the pictures are not those given."""
+        return "" if self.pictures == "given" else f"-{self.pictures}"
 
 
 def samplings(benchmark: str, args: argparse.Namespace) -> list[tuple[str, float, int]]:
@@ -702,6 +713,31 @@ def label_of(spec: str) -> str:
     return folder if stem == "measured" else f"{folder}-{stem}" if stem in ("toy", *BENCHMARKS) else stem
 
 
+PICTURES = ("given", "none", "swapped")
+
+
+def other_pictures(rows: list[Made], kind: str) -> list[Made]:
+    """Is the picture used? Rows with grey pictures of the same size (kind `none`), or with those of the next problem
+    that has others, of the same shape where there is one, as many in any case (`swapped`; who finds none is dropped).
+    """
+    pictured = {i: row for i, row in enumerate(rows) if isinstance(row, Record) and row.images}
+    shapes = {i: tuple(open_image(image, row.id).size for image in row.images) for i, row in pictured.items()}
+    found = list(rows)
+    if kind == "none":
+        for i, row in pictured.items():
+            greys = [Image.new("RGB", size, (128, 128, 128)) for size in shapes[i]]
+            found[i] = replace(row, images=tuple(map(stored, greys)))
+        return found
+    looks = {i: [hashlib.sha256(stored(image)).digest() for image in row.images] for i, row in pictured.items()}
+    for i, row in pictured.items():
+        others = [j for j in pictured if j > i] + [j for j in pictured if j < i]
+        fitting = [j for j in others if len(shapes[j]) == len(shapes[i]) and looks[j] != looks[i]]
+        near = next((j for j in fitting if shapes[j] == shapes[i]), fitting[0] if fitting else None)
+        found[i] = Dropped(row.id, "no other pictures", f"{row.id}: no other problem has {len(row.images)} pictures",
+                           meta=row.meta) if near is None else replace(row, images=pictured[near].images)
+    return found
+
+
 def longest_first(rows: list[Made], processor: Processor | None) -> list[int]:
     """Encode every record once, which finds broken pictures before hours are lost: what cannot be fed is dropped in
     `rows` -> places of the others, longest prompts first: neighbours are of one length, and too little memory shows."""
@@ -720,7 +756,7 @@ def longest_first(rows: list[Made], processor: Processor | None) -> list[int]:
 def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, list[int]], list[Job]]:
     """Everything that can be refused before hours are lost -> rows of each benchmark, the order in which its records
     are answered, and the lines of the table."""
-    specs, prompts = check_args(args)
+    specs, prompts, kinds = check_args(args)
     processor = Processor(args.model, args.max_pixels) if args.model else None
     rows: dict[str, list[Made]] = {}
     for spec in specs:
@@ -728,13 +764,13 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
         if label in rows:
             raise ValueError(f"--benchmark: two are both called {label}; rename a file, or give each only once")
         rows[label] = made
-    jobs = [Job(label, prompt, *sampling) for label in rows for prompt in prompts
-            for sampling in samplings(label, args)]
+    jobs = [Job(label, prompt, *sampling, kind) for label in rows for prompt in prompts
+            for sampling in samplings(label, args) for kind in kinds]
     settings = settings_of(args, rows)
     begun(args.out, settings, FREE)
 
     order = {}
-    for label, made in rows.items():
+    for label, made in list(rows.items()):
         order[label] = longest_first(made, None if args.responses else processor)
         expected = ("null gold", "unverifiable") if label in BENCHMARKS else ()  # of a published row: not the user's
         faults = [row for row in made if isinstance(row, Dropped) and row.reason not in expected]
@@ -742,6 +778,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
         if not order[label]:
             why = next((row.detail for row in made if isinstance(row, Dropped)), "")
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {why}")
+        for kind in kinds:
+            if kind != "given":
+                rows[f"{label}-{kind}"] = other_pictures(made, kind)
+                order[f"{label}-{kind}"] = longest_first(rows[f"{label}-{kind}"], processor)
     if args.responses:
         [(label, made)] = rows.items()
         read_responses(args.responses, label, made)  # refused before anything is written
@@ -759,17 +799,22 @@ def settings_of(args: argparse.Namespace, rows: dict[str, list[Made]]) -> dict:
     return settings | {key: value for key, value in vars(args).items() if key not in ("model", "out")}
 
 
-def check_args(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The benchmarks and prompt styles asked for. Raises ValueError, naming the option, for what cannot be meant."""
-    specs, prompts = ([name.strip() for name in text.split(",") if name.strip()]
-                      for text in (args.benchmark, args.prompt))
-    if not prompts or len(set(prompts)) < len(prompts) or not set(prompts) <= set(PROMPTS):
-        raise ValueError(f"--prompt {args.prompt}: there are {', '.join(PROMPTS)}; give some, each style only once")
+def check_args(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """The benchmarks, prompt styles and kinds of pictures asked for. Raises ValueError, naming the option, for what
+    cannot be meant."""
+    specs, prompts, kinds = ([name.strip() for name in text.split(",") if name.strip()]
+                             for text in (args.benchmark, args.prompt, args.pictures))
+    for option, text, given, known in (("prompt", args.prompt, prompts, PROMPTS),
+                                       ("pictures", args.pictures, kinds, PICTURES)):
+        if not given or len(set(given)) < len(given) or not set(given) <= set(known):
+            raise ValueError(f"--{option} {text}: there are {', '.join(known)}; give some, each only once")
+    if args.responses and kinds != ["given"]:
+        raise ValueError("--pictures: --responses are answers already, to the pictures that were given")
     if not args.responses and not args.model:
         raise ValueError("give the --model that is to answer, or --responses with answers that another engine wrote")
     if not specs or args.responses and len(specs) + len(prompts) > 2:
         raise ValueError("give a --benchmark; --responses are answers to one, in one --prompt style")
-    return specs, prompts
+    return specs, prompts, kinds
 
 
 def trained_by(model: str | None) -> dict | None:
@@ -803,7 +848,7 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
                 raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its "
                                  f"ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
-                jobs.add(f"{line['benchmark']} {line['prompt']} {line['sampling']}")
+                jobs.add(" ".join(str(line.get(key)) for key in ("benchmark", "prompt", "sampling", "pictures")))
             found[meant.pop()].extend(responses)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {place}: {error}")
@@ -887,9 +932,13 @@ def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dic
     """scores.json, responses.jsonl, responses.html, a table for VLMEvalKit of each job's first samples -> scores."""
     (out / "vlmevalkit").mkdir(exist_ok=True)
     scores, groups = [], []
+    given = {job.name: {r.record.id: r.accuracy for r in results} for job, results in done if not job.other}
     for job, results in tqdm(done, desc="counting", disable=None):
-        about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling}
+        about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "pictures": job.pictures}
         scores.append(about | scores_of(job.benchmark, results))
+        if job.other and (base := given.get(job.name.removesuffix(job.other))):
+            change = {r.record.id: r.accuracy - base[r.record.id] for r in results}
+            scores[-1] |= {"against_given": mean(change.values()), "against_interval": interval([results], change)}
         usable = [(r.record, r.responses) for r in results if isinstance(r.record, Record) and r.responses]
         for record, responses in usable:
             images = [str(image) if isinstance(image, (str, Picture)) else "(inside the data)"
@@ -923,6 +972,8 @@ def parse_args() -> argparse.Namespace:
     option("--responses", help="answers of another engine: JSON lines, or a list, of {id, response}, "
            "response a text or a list; a JSON object by id; or a .tsv of VLMEvalKit's")
     option("--prompt", default="observe", help=f"prompt styles, comma-separated: {', '.join(PROMPTS)}")
+    option("--pictures", default="given", help="is the picture used? given, none (grey ones of the same size), swapped "
+           "(another problem's), comma-separated: answers side by side, differences paired by problem")
     option("--temperature", type=number(float, 0), help="0: greedy (default; toy: greedy, and 1 with 4 samples)")
     option("--samples", type=positive, help="k of avg@k, maj@k, pass@k; at temperature 1 if not told")
     option("--max-tokens", type=positive, help="longest response (default: 1024; toy: 160)")
@@ -948,16 +999,16 @@ def main() -> None:
     load = cache(lambda: load_to_sample(args.model, args.max_pixels))
     done: list[tuple[Job, list[Result]]] = []
     for job in jobs:
-        made: list[Any] = rows[job.benchmark]
+        made: list[Any] = rows[job.benchmark + job.other]
         if args.responses:
             if rank_and_world()[0] == 0:
                 processor = Processor(args.model) if args.model else None
                 done.append((job, given(job, made, args.responses, processor)))
             continue
-        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[job.benchmark]], load,
+        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[job.benchmark + job.other]], load,
                             max_rows=args.rows, samples=job.samples, style=job.prompt, temperature=job.temperature,
                             max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024), seed=args.seed)
-        by_place = dict(zip(order[job.benchmark], answered))
+        by_place = dict(zip(order[job.benchmark + job.other], answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
     if rank_and_world()[0] == 0:
         scores = write_results(args.out, done, read_json(args.out / "settings.json"))

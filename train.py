@@ -54,7 +54,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_type_hints
@@ -290,7 +290,8 @@ def main(args: list[str] | None = None) -> None:
     if cfg.max_steps:  # (a refilled rollout that has begun goes on past it)
         left = max(0, cfg.max_steps - curriculum.position)
         left += (cfg.refill - 1) * (left > 0)
-    shares = [batch.records[rank::world] for batch in curriculum.batches[curriculum.position:][:left]]
+    ahead = range(len(curriculum))[curriculum.position:][:left]
+    shares = (curriculum.batches[k].records[rank::world] for k in ahead)  # (adaptive knows but the next two)
     coming = encode_ahead(policy.processor, shares, cfg.prompt)  # (prompts, made while the policy is at work)
     rollout = Rollout()
     for batch in itertools.islice(curriculum, left):
@@ -307,8 +308,10 @@ def main(args: list[str] | None = None) -> None:
         rollout.ends("rollout")
 
         # 2. Reward and weight them: adv_i = w(d) (r_i - mean r) / (std r + eps).
-        rollout.add(batch, groups, gather_shares(judge(groups, cfg.prompt)))  # [P][G], scored by rewards.score
+        responses = gather_shares(judge(groups, cfg.prompt))  # [P][G], scored by rewards.score
+        rollout.add(batch, groups, flip_coins(responses, step, cfg) if cfg.random_rewards else responses)
         rewards = reward(rollout.responses, cfg)
+        curriculum.learned(rewards.accuracy[-len(batch.records):].mean(1).tolist())
         rollout.ends("reward")
         if rollout.wants_more(rewards, cfg):
             continue
@@ -345,6 +348,12 @@ def sample(policy: Policy, records: list[Record], prompts: list[Prompt], step: i
     return sample_groups(policy.sampler, policy.processor, records, prompts, samples=cfg.group_size,
                          temperature=cfg.temperature, max_tokens=cfg.max_response_tokens,
                          seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
+
+
+def flip_coins(responses: list[list[Response]], step: int, cfg: Config) -> list[list[Response]]:
+    """The control of random rewards: a coin in place of each accuracy, the same on all ranks."""
+    coins = np.random.default_rng([cfg.seed, step]).integers(2, size=(len(responses), cfg.group_size)).tolist()
+    return [[replace(r, accuracy=float(coin)) for r, coin in zip(group, row)] for group, row in zip(responses, coins)]
 
 
 def reward(responses: list[list[Response]], cfg: Config) -> Rewards:
@@ -398,8 +407,8 @@ class Config:
 
     # in what order
     stage: str = setting("all", "rungs of the ladder to train on: all, one (3) or a range (0-3)")
-    order: Literal["ladder", "sorted", "random", "reverse"] = setting(
-        "ladder", "of the problems; unmeasured data has only random")
+    order: Literal["ladder", "sorted", "random", "reverse", "review", "gaussian", "adaptive"] = setting(
+        "ladder", "of the problems, see curriculum.Curriculum; unmeasured data has only random")
     epochs: int = setting(1, "passes over the problems, each in the same order of stages", 1)
 
     # sample
@@ -422,6 +431,7 @@ class Config:
     sigma: float = setting(
         1.8, "of the difficulty weight w(d) = 4 sigma d (1 - d); 0: weight off, all groups count 1", 0)
     normalize_std: bool = setting(True, "divide advantages by the group's standard deviation")
+    random_rewards: bool = setting(False, "a control: a coin in place of accuracy, in reward and log")
     rejection_sampling: bool = setting(
         False, "a control in place of GRPO: learn from right answers, each counting 1, and from no others")
 

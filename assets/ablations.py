@@ -54,12 +54,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from compare import Run, compare_runs, over_seeds, training_run  # noqa: E402
 
 from data import load_records, save_records  # noqa: E402
-from eval import markdown, tables  # noqa: E402
+from eval import markdown, other_pictures, read_json, tables, write_json  # noqa: E402
 from rewards import Response, group_rewards  # noqa: E402
+from train import as_kept, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
-MODEL, LADDER = "assets/toy/model", "assets/toy/ladder"
-RUNS, TEST = KEPT / "runs.parquet", OUT / "held-out/measured.parquet"
+TOY, STEEP = Path("assets/toy"), Path("assets/steep")
+RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
 SEEDS = 8  # of each row
 ROWS = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -75,6 +76,20 @@ ROWS = {  # name -> what differs from the full method
     "Observe-R1 reversed": "--order reverse",
     "GRPO observe random, constant lr": "--order random --bonus 0 --sigma 0 --schedule constant",
     "GRPO observe ladder, constant lr": "--bonus 0 --sigma 0 --schedule constant",
+    # From here on: noted in ablations/plan.md before they were begun.
+    "again: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
+    "again: Observe-R1 random": "--order random",
+    "again: Observe-R1": "",
+    "Observe-R1 review": "--order review",
+    "Observe-R1 gaussian": "--order gaussian",
+    "Observe-R1 adaptive": "--order adaptive",
+    "random rewards": "--order random --bonus 0 --sigma 0 --random-rewards",
+    "grey pictures": "--order random",  # on the ladder with grey ones
+    "steep: Observe-R1": "",
+    "steep: Observe-R1 random": "--order random",
+    "steep: Observe-R1 review": "--order review",
+    "steep: Observe-R1 reversed": "--order reverse",
+    "steep: Observe-R1 think random": "--order random --prompt think",
 }
 # Tables: what a row's difference is from, and the rows. GRPO with ladder and bonus is Observe-R1 without its weight.
 TABLES = {
@@ -113,8 +128,8 @@ def make_held_out(count: int) -> None:
 
     rng, (_, glyphs) = random.Random(1), load_glyphs()
     save_records(str(OUT / "held-out.parquet"), [make_problem(rng, glyphs, f"held-out-{i:04d}") for i in range(count)])
-    if run("curriculum.py", "--data", OUT / "held-out.parquet", "--model", MODEL, "--out", TEST.parent, "--keep-simple",
-           "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=OUT / "held-out.log"):
+    if run("curriculum.py", "--data", OUT / "held-out.parquet", "--model", TOY / "model", "--out", TEST.parent,
+           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=OUT / "held-out.log"):
         sys.exit(f"the held-out problems could not be measured: see {OUT / 'held-out.log'}")
 
 
@@ -125,15 +140,47 @@ def run(*command, log: Path | None = None, threads: int | None = None) -> int:
                               stderr=subprocess.STDOUT).returncode
 
 
+def inputs_of(row: str) -> tuple[Path, Path, Path]:
+    """Model, ladder and held-out problems of a row."""
+    if row.startswith("steep: "):
+        return STEEP / "model", STEEP / "ladder", STEEP / "test.parquet"
+    return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
+
+
+def make_grey() -> None:
+    """The first world's ladder with grey pictures of the same size."""
+    GREY.parent.mkdir(parents=True, exist_ok=True)
+    save_records(str(GREY), other_pictures(load_records(str(TOY / "ladder")), "none"))
+
+
+SAME = ("model", "test", "prompt", "eval_samples", "max_response_tokens")  # what the starting model's answers hang on
+
+
+def answered_before(folder: Path, command: list) -> None:
+    """Give a new run the starting model's answers, where another run has them: they are the same whatever the seed.
+    It then goes on as one that was killed after them."""
+    settings = as_kept(parse_config([*map(str, command)]))
+    for scores in sorted(OUT.glob("*/scores.json")):  # (of whole runs)
+        theirs, answers = read_json(scores.parent / "settings.json"), scores.parent / "held-out"
+        if all(theirs.get(key) == settings[key] for key in SAME):
+            (folder / "held-out").mkdir(parents=True)
+            for file in answers.glob("step000000-*.jsonl"):
+                shutil.copy(file, folder / "held-out")
+            write_json(folder / "settings.json", settings)
+            return
+
+
 def train(row: str, seed: int, threads: int) -> tuple[str, int]:
     """A run to its end, in out/ablations; one that is there is taken as it is."""
-    name = name_of(row, seed)
+    name, (model, ladder, test) = name_of(row, seed), inputs_of(row)
+    command = ["--model", model, "--data", ladder, *shlex.split(ROWS[row]), "--seed", seed, "--test", test,
+               "--eval-limit", 100, "--save-every", 20, "--out", OUT / name]
+    if not (OUT / name).exists():
+        answered_before(OUT / name, command)
     resume = ["--resume"] if (OUT / name / "settings.json").exists() else []
     if not (OUT / name / "scores.json").exists():
         print(f"{row}, seed {seed}{', resumed' if resume else ''}", flush=True)
-        code = run("train.py", "--model", MODEL, "--data", LADDER, *shlex.split(ROWS[row]), "--seed", seed,
-                   "--test", TEST, "--eval-limit", 100, "--save-every", 20, "--out", OUT / name, *resume,
-                   log=OUT / f"{name}.log", threads=threads)
+        code = run("train.py", *command, *resume, log=OUT / f"{name}.log", threads=threads)
         if code or not (OUT / name / "scores.json").exists():
             sys.exit(f"{row}, seed {seed}, {'failed' if code else 'was stopped'}: see {OUT / name}.log")
     return row, seed
@@ -160,8 +207,8 @@ def make_start() -> str:
     for temperature in ("1", "0.6", "0.3", "0"):
         out = OUT / f"start-T{temperature}"
         samples = ["--samples", 4] if temperature != "0" else []
-        if run("eval.py", "--model", MODEL, "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens", 160,
-               "--temperature", temperature, *samples, "--out", out, log=OUT / "start.log"):
+        if run("eval.py", "--model", TOY / "model", "--benchmark", TEST, "--prompt", "observe,think", "--max-tokens",
+               160, "--temperature", temperature, *samples, "--out", out, log=OUT / "start.log"):
             sys.exit(f"no scores of the starting model: see {OUT / 'start.log'}")
         scores += json.loads((out / "scores.json").read_text())["scores"]
     return tables(scores).split("\n\n")[0]

@@ -1,6 +1,7 @@
 """Makes the built-in world: a 1M-parameter Qwen2.5-VL, its training ladder and its held-out test set.
 
     pip install scikit-learn && python assets/make_toy.py          # 50 minutes on 2 cores
+    python assets/make_toy.py --world steep                        # the second world, of the ablations: 20 minutes
 
 Pictures are real handwritten digits (UCI Optical Recognition of Handwritten Digits, 1,797 of them as scikit-learn
 carries them), coloured and set on tiles of 28 px, one visual token each; or bars of coloured tiles. Handwriting of the
@@ -11,6 +12,12 @@ row (or the first two bars) and reason on that, some skip the reasoning, a few f
 everything and reasons step by step; slips of reading and reckoning come on top. So the likeliest response to a picture
 of several rows is wrong, at any temperature, and reinforcement learning has to change what the model does, namely
 observe all of it, rather than sharpen what it does already.
+
+The second world, steep, has the same pictures and questions and another start, which goes on from the first one's
+model: one where a ladder should win. It slips often, and after each row gives up looking more often than not. So one row
+is solved at temperature 1 by 60 to 80% of its responses, three rows by hardly any; and what two rows teach, to look on
+and to slip less, is what three want. Its think style describes the picture too, inside <think>, in as many tokens as
+the observe style does outside.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -38,6 +45,7 @@ sys.path[:0] = [str(ROOT / "assets"), str(ROOT)]
 from pictures import plot_ladder  # noqa: E402
 
 from data import PROMPTS, Processor, Record, load_records, save_records  # noqa: E402
+from rollout import load_policy  # noqa: E402
 
 COLOURS = {"red": (214, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 210), "black": (20, 20, 20)}
 TILE = 28
@@ -170,8 +178,17 @@ def reckon(ask: dict, rows: list, slip=lambda number: number) -> tuple[int, str,
     return total, str(total), think
 
 
-def observation(rows: list) -> str:
-    return "<observe>" + ";".join(",".join(f" {c} {d}" for c, d in row) for row in rows) + "</observe>"
+def described(rows: list) -> str:
+    return ";".join(",".join(f" {c} {d}" for c, d in row) for row in rows)
+
+
+def glance(rows: list, bars: bool, patience: float, rng: random.Random) -> list:
+    """The first row, or the first two bars; each further one is looked at with chance `patience`, until one is not."""
+    units = [[fact] for fact in rows[0]] if bars else rows
+    looked = 2 if bars else 1
+    while 0 < patience and looked < len(units) and rng.random() < patience:
+        looked += 1
+    return [rows[0][:looked]] if bars else rows[:looked]
 
 
 def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) -> str:
@@ -184,7 +201,7 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
 
     ask, rows = record.meta["ask"], record.meta["rows"]
     if rng.random() >= manner.careful:  # glance
-        rows = [rows[0][:2]] if ask["family"] == "bars" else rows[:1]
+        rows = glance(rows, ask["family"] == "bars", manner.patience, rng)
     seen = [[(c, misread(d)) for c, d in row] for row in rows]
     result, answer, think = reckon(ask, seen, slip)
     if rng.random() < manner.skip and ask["family"] != "read":
@@ -193,7 +210,10 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
             answer = chr(65 + rng.randrange(len(record.choices)))
         else:
             answer = str(max(0, result + rng.choice((-2, -1, 0, 1, 2))))
-    texts = [observation(seen)] * (style == "observe") + [f"<think>{think}</think>"] * (style != "none")
+    if manner.describe and style == "think":
+        think = f"{described(seen)}\n{think}"
+    texts = [f"<observe>{described(seen)}</observe>"] * (style == "observe")
+    texts += [f"<think>{think}</think>"] * (style != "none")
     texts.append(f"<answer> {answer}</answer>")
     if rng.random() < manner.forget:
         i = rng.randrange(len(texts))
@@ -264,16 +284,38 @@ class Manner:
     """How the written responses of a phase behave; each share is a probability."""
 
     careful: float = 1.0  # looks at everything; else: glances at the first row, or the first two bars
+    patience: float = 0.0  # of a glance: goes on to the next row, or bar
     skip: float = 0.0  # guesses instead of reasoning, whatever it looked at
     forget: float = 0.0  # breaks the format
     misread: float = 0.0  # a digit observed as another
     slip: float = 0.0  # a step reckoned wrong
+    describe: bool = False  # the think style says what is seen, inside <think>
 
 
-# The cold start: (what is shown, steps, manner). First to read, then to reason, with care; then the usual manner.
-PHASES = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()), ("problems", 600, Manner()),
-          ("problems", 600, Manner()),
-          ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01)))
+@dataclass(frozen=True)
+class World:
+    """Its cold start, and how many problems are measured for the ladder and held out."""
+
+    phases: tuple[tuple[str, int, Manner], ...]  # what is shown, steps, manner
+    styles: tuple[float, float, float]  # shares of observe, think and none
+    seed: int
+    problems: int
+    held_out: int
+    start: str = ""  # the model that the cold start goes on from; none: random weights
+
+
+WORLDS = {
+    # First to read, then to reason, with care; then the usual manner.
+    "toy": World((("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
+                  ("problems", 600, Manner()), ("problems", 600, Manner()),
+                  ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))),
+                 (0.6, 0.25, 0.15), seed=0, problems=5800, held_out=300),
+    # To describe in <think> too, with care; then impatient, and with slips that add up over many digits.
+    "steep": World((("problems", 400, Manner(describe=True)),
+                    ("problems", 250, Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05,
+                                             describe=True))),
+                   (0.45, 0.45, 0.1), seed=100, problems=4000, held_out=500, start="assets/toy/model"),
+}
 
 
 def with_responses(inputs: dict, responses: list[list[int]], pad_id: int) -> dict:
@@ -288,10 +330,11 @@ def with_responses(inputs: dict, responses: list[list[int]], pad_id: int) -> dic
     return inputs | joined | {"labels": labels}
 
 
-def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int = 48, lr: float = 1e-3) -> None:
+def cold_start(model, processor: Processor, glyphs: dict, world: World, phase: int, batch: int = 48,
+               lr: float = 1e-3) -> None:
     """One phase of supervised training on freshly written responses, with an optimizer of its own."""
-    show, steps, manner = PHASES[phase]
-    rng = random.Random(phase)
+    show, steps, manner = world.phases[phase]
+    rng = random.Random(world.seed + phase)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.time()
@@ -301,12 +344,12 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
             style = "observe"
             if show == "problems":
                 record = make_problem(rng, glyphs, "x")
-                style = rng.choices(("observe", "think", "none"), (0.6, 0.25, 0.15))[0]
+                style = rng.choices(("observe", "think", "none"), world.styles)[0]
                 text = write_trace(record, style, rng, manner)
             else:  # a row of digits first: with more to look at, they are not learned in any reasonable time
                 size = (1, rng.randint(1, 3)) if show == "rows" else (rng.randint(1, 3), rng.randint(1, 4))
                 record = make_problem(rng, glyphs, "x", ("sum",) if show == "rows" else ("sum", "bars"), size)
-                text = observation(record.meta["rows"])
+                text = f"<observe>{described(record.meta['rows'])}</observe>"
             prompts.append(processor.encode(record, style))
             responses.append(processor.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids)
         inputs = with_responses(processor.collate(prompts), responses, processor.pad_id)
@@ -324,32 +367,40 @@ def cold_start(model, processor: Processor, glyphs: dict, phase: int, batch: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "assets/toy", help="folder of the world")
-    parser.add_argument("--problems", type=int, default=5800, help="problems measured, of which the ladder is built")
-    parser.add_argument("--held-out", type=int, default=300, help="problems of the test set")
+    parser.add_argument("--world", choices=WORLDS, default="toy")
+    parser.add_argument("--out", type=Path, help="folder of the world (default: assets/WORLD)")
+    parser.add_argument("--problems", type=int, help="problems measured, of which the ladder is built")
+    parser.add_argument("--held-out", type=int, help="problems of the test set")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    rng = random.Random(0)
+    world = WORLDS[args.world]
+    out = args.out or ROOT / "assets" / args.world
+    torch.manual_seed(world.seed)
+    rng = random.Random(world.seed)
     train_glyphs, test_glyphs = load_glyphs()
 
-    model_dir = args.out / "model"
+    model_dir = out / "model"
     model_dir.mkdir(parents=True, exist_ok=True)
-    sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
-    styles = ("none", "think", "observe")
-    texts = [*(PROMPTS[style] for style in styles), "system\nuser\nassistant\n the answer is"] * 5
-    texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
-    mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
-    texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
-    make_tokenizer(texts, model_dir)
-    model = make_model(model_dir)
+    if world.start:
+        model = load_policy(str(ROOT / world.start))
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+            shutil.copy(ROOT / world.start / file, model_dir / file)
+    else:
+        sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
+        styles = ("none", "think", "observe")
+        texts = [*(PROMPTS[style] for style in styles), "system\nuser\nassistant\n the answer is"] * 5
+        texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
+        mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
+        texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
+        make_tokenizer(texts, model_dir)
+        model = make_model(model_dir)
     processor = Processor(str(model_dir))
-    for phase in range(len(PHASES)):
-        cold_start(model, processor, train_glyphs, phase)
+    for phase in range(len(world.phases)):
+        cold_start(model, processor, train_glyphs, world, phase)
         model.save_pretrained(model_dir)
 
     # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
-    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}") for i in range(args.problems)]
-    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}") for i in range(args.held_out)]
+    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}") for i in range(args.problems or world.problems)]
+    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}") for i in range(args.held_out or world.held_out)]
     with tempfile.TemporaryDirectory() as folder:
         for name, records in (("train", problems), ("test", held_out)):
             save_records(f"{folder}/{name}.parquet", records)
@@ -360,10 +411,10 @@ def main() -> None:
             if name == "train":  # once drawn, the same command, measuring nothing anew, shows the picture in the card
                 plot_ladder(load_records(f"{folder}/train"), Path(f"{folder}/train/ladder.png"))
                 subprocess.run(command, check=True)
-        (args.out / "ladder").mkdir(exist_ok=True)
+        (out / "ladder").mkdir(exist_ok=True)
         for file in ("ladder.parquet", "ladder.png", "README.md"):
-            shutil.copy(f"{folder}/train/{file}", args.out / "ladder" / file)
-        shutil.copy(f"{folder}/test/measured.parquet", args.out / "test.parquet")  # all of it: a test set is not mixed
+            shutil.copy(f"{folder}/train/{file}", out / "ladder" / file)
+        shutil.copy(f"{folder}/test/measured.parquet", out / "test.parquet")  # all of it: a test set is not mixed
 
 
 if __name__ == "__main__":
