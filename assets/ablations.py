@@ -19,6 +19,8 @@ What the tables are made of is kept in assets/ablations/runs.parquet, a record a
                    training, greedy and sampled; at each stage's end some of them, greedy
     groups         a list of {accuracy, format, tokens}, each a list over responses: the groups that were logged, two a
                    rollout
+    pictures       of the rows in LOOKED, a list of {end, pictures, problem, accuracy}: the held-out problems before and
+                   after training, greedy, with their pictures, grey ones and another problem's
 
 Settings, environment and scores are JSON texts; `answers` unnested is the long table of row, seed, step, problem and
 accuracy.
@@ -48,13 +50,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from matplotlib.figure import Figure
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from compare import Run, compare_runs, over_seeds, training_run  # noqa: E402
+from compare import Run, cell, compare_runs, difference, over_seeds, training_run  # noqa: E402
 
 from data import load_records, save_records  # noqa: E402
-from eval import markdown, other_pictures, read_json, tables, write_json  # noqa: E402
+from eval import PICTURES, markdown, other_pictures, read_json, tables, write_json  # noqa: E402
 from rewards import Response, group_rewards  # noqa: E402
 from train import as_kept, parse_config  # noqa: E402
 
@@ -62,7 +65,7 @@ ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"),
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
 SEEDS = 8  # of each row
-ROWS = {  # name -> what differs from the full method
+FIRST = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
     "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "GRPO observe random": "--order random --bonus 0 --sigma 0",
@@ -76,7 +79,8 @@ ROWS = {  # name -> what differs from the full method
     "Observe-R1 reversed": "--order reverse",
     "GRPO observe random, constant lr": "--order random --bonus 0 --sigma 0 --schedule constant",
     "GRPO observe ladder, constant lr": "--bonus 0 --sigma 0 --schedule constant",
-    # From here on: noted in ablations/plan.md before they were begun.
+}
+SECOND = {  # noted in ablations/plan.md before they were begun
     "again: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "again: Observe-R1 random": "--order random",
     "again: Observe-R1": "",
@@ -91,6 +95,7 @@ ROWS = {  # name -> what differs from the full method
     "steep: Observe-R1 reversed": "--order reverse",
     "steep: Observe-R1 think random": "--order random --prompt think",
 }
+ROWS = FIRST | SECOND
 # Tables: what a row's difference is from, and the rows. GRPO with ladder and bonus is Observe-R1 without its weight.
 TABLES = {
     "build-up": ("previous", ["GRPO think random", "GRPO observe random", "GRPO observe ladder",
@@ -101,9 +106,19 @@ TABLES = {
     "control": ("first", ["rejection sampling", "GRPO observe random", "Observe-R1 random", "Observe-R1"]),
     "constant-lr": ("previous", ["GRPO observe random", "GRPO observe ladder", "GRPO observe ladder, constant lr",
                                  "GRPO observe random, constant lr"]),
+    "remedies": ("first", ["Observe-R1 random", "Observe-R1", "Observe-R1 review", "Observe-R1 gaussian",
+                           "Observe-R1 adaptive"]),
+    "steep": ("first", ["steep: Observe-R1 random", "steep: Observe-R1", "steep: Observe-R1 review",
+                        "steep: Observe-R1 reversed"]),
+    "tags": ("first", ["steep: Observe-R1 think random", "steep: Observe-R1 random"]),
+    "coin": ("first", ["GRPO observe random", "random rewards"]),
+    "grey": ("first", ["Observe-R1 random", "grey pictures"]),
 }
 PARTS = {"easy (0 - .25)": (0, .25), "middle": (.375, .625), "hard (.75 - 1)": (.75, 1)}  # difficulty, from and to
+STAGED = tuple(row for row in ROWS if "--order" not in ROWS[row] or re.search("review|sorted|reverse", ROWS[row]))
 STAGES = ("GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 reversed")  # rows with stages to show
+LOOKED = tuple(row for row in SECOND if row.startswith("again: ") or row in (
+    "grey pictures", "steep: Observe-R1", "steep: Observe-R1 random", "steep: Observe-R1 think random"))
 
 
 def name_of(row: str, seed: int) -> str:
@@ -170,11 +185,15 @@ def answered_before(folder: Path, command: list) -> None:
             return
 
 
+def command_of(row: str, seed: int) -> list:
+    model, ladder, test = inputs_of(row)
+    return ["--model", model, "--data", ladder, *shlex.split(ROWS[row]), "--seed", seed, "--test", test,
+            "--eval-limit", 100, "--save-every", 20, "--out", OUT / name_of(row, seed)]
+
+
 def train(row: str, seed: int, threads: int) -> tuple[str, int]:
     """A run to its end, in out/ablations; one that is there is taken as it is."""
-    name, (model, ladder, test) = name_of(row, seed), inputs_of(row)
-    command = ["--model", model, "--data", ladder, *shlex.split(ROWS[row]), "--seed", seed, "--test", test,
-               "--eval-limit", 100, "--save-every", 20, "--out", OUT / name]
+    name, command = name_of(row, seed), command_of(row, seed)
     if not (OUT / name).exists():
         answered_before(OUT / name, command)
     resume = ["--resume"] if (OUT / name / "settings.json").exists() else []
@@ -183,14 +202,36 @@ def train(row: str, seed: int, threads: int) -> tuple[str, int]:
         code = run("train.py", *command, *resume, log=OUT / f"{name}.log", threads=threads)
         if code or not (OUT / name / "scores.json").exists():
             sys.exit(f"{row}, seed {seed}, {'failed' if code else 'was stopped'}: see {OUT / name}.log")
+    if row in LOOKED:
+        look(row, max((OUT / name).glob("checkpoint-*")), OUT / f"pictures-{name}", threads)
     return row, seed
+
+
+def prompt_of(row: str) -> str:
+    return "think" if "--prompt think" in ROWS[row] else "observe"
+
+
+def start_of(row: str) -> Path:
+    """Folder of what the starting model answers to given, grey and swapped pictures: the same for all of its rows."""
+    return OUT / f"pictures-{inputs_of(row)[0].parent.name}-{prompt_of(row)}"
+
+
+def look(row: str, model: Path, out: Path, threads: int) -> None:
+    """A model's answers to the row's held-out problems with given, grey and swapped pictures."""
+    if not (out / "scores.json").exists() and run(
+            "eval.py", "--model", model, "--benchmark", inputs_of(row)[2], "--prompt", prompt_of(row), "--pictures",
+            "given,none,swapped", "--temperature", 0, "--max-tokens", 160, "--out", out, log=OUT / f"{out.name}.log",
+            threads=threads):
+        sys.exit(f"no answers to other pictures: see {OUT / out.name}.log")
 
 
 def make_runs(seeds: int, jobs: int) -> None:
     """All that are not kept yet, `jobs` at a time; each is kept when it ends."""
     done = finished()
-    missing = [(row, seed) for seed in range(seeds) for row in ROWS if (row, seed) not in done]
+    missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    for row in {row for row, _ in missing if row in LOOKED}:
+        look(row, inputs_of(row)[0], start_of(row), os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(train, row, seed, threads) for row, seed in missing]
         try:
@@ -257,7 +298,7 @@ def record_of(row: str, seed: int, folder: Path) -> dict:
     for end in scores.values():
         for summary in end.values():
             del summary["by_problem"]
-    difficulty = {r.id: r.difficulty for r in load_records(str(TEST))}
+    difficulty = {r.id: r.difficulty for r in load_records(str(inputs_of(row)[2]))}
     answers = []
     for line in metrics:
         for sampling, summary in line.get("eval", {}).items():
@@ -268,7 +309,12 @@ def record_of(row: str, seed: int, folder: Path) -> dict:
     for _, group in itertools.groupby(responses, key=lambda line: (line["step"], line["id"])):
         lines = list(group)
         groups.append({name: [line[name] for line in lines] for name in ("accuracy", "format", "tokens")})
-    return {"row": row, "seed": seed, "settings": (folder / "settings.json").read_text(),
+    pictures = []
+    for end, answered in (("before", start_of(row)), ("after", OUT / f"pictures-{name_of(row, seed)}")):
+        for summary in read_json(answered / "scores.json")["scores"] if row in LOOKED else []:
+            pictures += [{"end": end, "pictures": summary["pictures"], "problem": problem, "accuracy": accuracy}
+                         for problem, accuracy in summary["by_problem"].items()]
+    return {"row": row, "seed": seed, "pictures": pictures, "settings": (folder / "settings.json").read_text(),
             "environment": (folder / "environment.json").read_text(), "scores": json.dumps(scores),
             "steps": [line for line in metrics if "reward" in line], "answers": answers, "groups": groups}
 
@@ -282,15 +328,26 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
-    """The kept records of each row, seed after seed. ValueError: some are not there."""
-    done = finished()
-    if missing := [f"{row}, seed {seed}" for row in ROWS for seed in range(seeds) if (row, seed) not in done]:
-        raise ValueError(f"{RUNS} lacks {len(missing)} runs, such as {missing[0]}; make them, or give fewer --seeds")
+    """The kept records of each row, seed after seed; see not_made for those that are not there. ValueError: none is."""
     runs: dict[str, list[dict]] = {row: [] for row in ROWS}
-    for record in sorted(pq.read_table(RUNS).to_pylist(), key=lambda record: record["seed"]):
+    kept = pq.read_table(RUNS).to_pylist() if RUNS.exists() else []
+    for record in sorted(kept, key=lambda record: record["seed"]):
         if record["row"] in ROWS and record["seed"] < seeds:
             runs[record["row"]].append(record)
+    if not any(runs.values()):
+        raise ValueError(f"{RUNS} has no runs of these rows; make them: python assets/ablations.py")
     return runs
+
+
+def seeds_of(row: str) -> int:
+    return min(SEEDS, 3) if row.startswith("again: ") else SEEDS
+
+
+def not_made(runs: dict[str, list[dict]], seeds: int = SEEDS) -> str:
+    """What the tables lack, in a sentence; else ""."""
+    lacking = [f"{row} ({len(runs[row])} of {min(seeds, seeds_of(row))})" for row in ROWS
+               if len(runs[row]) < min(seeds, seeds_of(row))]
+    return f"Seeds still to be made: {', '.join(lacking)}." if lacking else ""
 
 
 def as_run(record: dict) -> Run:
@@ -309,9 +366,10 @@ def as_run(record: dict) -> Run:
 
 
 def side_by_side(runs: dict[str, list[dict]], name: str, picture: Path | None = None) -> str:
-    """One of TABLES."""
+    """One of TABLES, of the rows that have runs."""
     against, rows = TABLES[name]
-    return compare_runs([as_run(record) for row in rows for record in runs[row]], against, picture)
+    kept = [as_run(record) for row in rows for record in runs[row]]
+    return compare_runs(kept, against, picture) if kept else "None of these runs is made yet."
 
 
 def mechanisms(runs: dict[str, list[dict]]) -> str:
@@ -320,7 +378,7 @@ def mechanisms(runs: dict[str, list[dict]]) -> str:
     method.md's two claims: |A| goes as (d (1 - d))^0.5, with the weight as its 1.5th power; with the weight, the bonus
     acts in mixed groups where two or more are right. (Without it, it acts most where all are.)
     """
-    records = [record for row in ROWS for record in runs[row]]
+    records = [record for row in FIRST for record in runs[row]]
     groups = torch.tensor([[group["accuracy"], group["format"], group["tokens"]]
                            for record in records for group in record["groups"]])  # [P, 3, G]
     judged = [[Response(None, a, f, None) for a, f in zip(*group[:2])] for group in groups.tolist()]
@@ -370,7 +428,7 @@ def by_stage(row: str, records: list[dict]) -> str:
 def by_difficulty(runs: dict[str, list[dict]]) -> str:
     """Held-out accuracy of every row after training, of easy, middling and hard problems, over seeds."""
     table = []
-    for row in ROWS:
+    for row in (row for row in ROWS if runs[row]):
         ends = [json.loads(record["scores"])["after"] for record in runs[row]]
         line = [row]
         for kind in ("sampled", "greedy"):
@@ -387,20 +445,117 @@ def mean_between(levels: dict[str, dict], low: float, high: float) -> float:
     return np.average([at["accuracy"] for at in inside], weights=[at["problems"] for at in inside])
 
 
-def all_tables(runs: dict[str, list[dict]], picture: Path | None = None) -> str:
-    """tables.md. picture: where the plot of the build-up goes."""
+def turnover(runs: dict[str, list[dict]]) -> str:
+    """Correct-set turnover (2606.03087): of the held-out problems of a part, by greedy answers before and after
+    training, the shares that were newly solved, newly lost and kept; means over seeds."""
+    table = []
+    for row in (row for row in ROWS if runs[row]):
+        line = [row, str(len(runs[row]))]
+        for low, high in PARTS.values():
+            shares = [turned(*(greedy_at(record, step, low, high) for step in ends_of(record))) for record in runs[row]]
+            line += [over_seeds([100 * share[kind] for share in shares]) for kind in TURNED]
+        table.append(line)
+    return markdown(["row", "seeds", *(f"{part}: {kind}, %" for part in PARTS for kind in TURNED)], table)
+
+
+def ends_of(record: dict) -> tuple[int, int]:
+    steps = [answer["step"] for answer in record["answers"]]
+    return min(steps), max(steps)
+
+
+def greedy_at(record: dict, step: int, low: float = 0, high: float = 1) -> dict[str, bool]:
+    """Which held-out problems of difficulty low to high were right at a step, greedily."""
+    return {answer["problem"]: answer["accuracy"] > 0 for answer in record["answers"]
+            if answer["step"] == step and answer["sampling"] == "greedy" and low <= answer["difficulty"] <= high}
+
+
+TURNED = ("newly solved", "newly lost", "kept")
+
+
+def turned(then: dict[str, bool], now: dict[str, bool]) -> dict[str, float]:
+    """Shares of the problems that both have."""
+    both = [(then[problem], now[problem]) for problem in then if problem in now]
+    kinds = ([not a and b for a, b in both], [a and not b for a, b in both], [a and b for a, b in both])
+    return {name: float(np.mean(held)) for name, held in zip(TURNED, kinds)}
+
+
+def turnover_by_stage(row: str, records: list[dict]) -> str:
+    """The same from one stage's end to the next, of the problems that are answered at all of them."""
+    steps = sorted({answer["step"] for answer in records[0]["answers"]})
+    asked = set.intersection(*(set(greedy_at(records[0], step)) for step in steps))
+    table = []
+    for then, now in itertools.pairwise(steps):
+        shares = [turned(greedy_at(record, then), greedy_at(record, now)) for record in records]
+        table.append([f"{then} to {now}", *(over_seeds([100 * share[kind] for share in shares]) for kind in TURNED)])
+    return markdown([f"{row}, rollouts ({len(asked)} problems)", *(f"{kind}, %" for kind in TURNED)], table)
+
+
+def draw_turnover(runs: dict[str, list[dict]], path: Path) -> None:
+    """Newly lost to the left, newly solved to the right, of easy and of hard problems; a bar a row."""
+    rows = [row for row in ROWS if runs[row]]
+    figure = Figure(figsize=(12, 1.5 + .3 * len(rows)), layout="constrained")
+    for axis, part in zip(figure.subplots(1, 2, sharey=True), (part for part in PARTS if part != "middle")):
+        low, high = PARTS[part]
+        for y, row in enumerate(rows):
+            shares = [turned(*(greedy_at(record, step, low, high) for step in ends_of(record))) for record in runs[row]]
+            solved, lost = (100 * np.mean([share[kind] for share in shares]) for kind in TURNED[:2])
+            axis.barh(y, solved, color="C0", label=None if y else "newly solved")
+            axis.barh(y, -lost, color="C3", label=None if y else "newly lost")
+        axis.set(yticks=range(len(rows)), ylim=(len(rows) - .5, -.5), xlabel="% of the held-out problems of this part")
+        axis.set_yticklabels(rows)
+        axis.set_title(f"{part}, greedy, before to after training")
+        axis.axvline(0, color="0.5", linewidth=.8)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def picture_use(runs: dict[str, list[dict]]) -> str:
+    """Greedy accuracy with given, grey and swapped pictures, before and after training, and what training added to
+    each; differences are paired by problem."""
+    table = []
+    for row in (row for row in LOOKED if runs[row]):
+        seen = {(end, kind): seen_with(runs[row], end, kind) for end in ("before", "after") for kind in PICTURES}
+        for end in ("before", "after"):
+            line = [row, str(len(runs[row])), end, cell(difference(seen[end, "given"], []))]
+            for kind in PICTURES[1:]:
+                lost = difference(seen[end, "given"], seen[end, kind])
+                line += [cell(difference(seen[end, kind], [])), cell(lost, "+")]
+            table.append(line)
+        gains = [cell(difference(seen["after", kind], seen["before", kind]), "+") for kind in PICTURES]
+        table.append([row, str(len(runs[row])), "added by training", gains[0], gains[1], "", gains[2], ""])
+    return markdown(["row", "seeds", "", "given, %", "none, %", "given - none", "swapped, %", "given - swapped"], table)
+
+
+def seen_with(records: list[dict], end: str, kind: str) -> list[dict]:
+    """As compare.difference wants it, of each seed; before training the seeds are one."""
+    found = [{a["problem"]: (a["problem"], a["accuracy"]) for a in record["pictures"]
+              if (a["end"], a["pictures"]) == (end, kind)} for record in records]
+    return found if end == "after" else found[:1]
+
+
+def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds: int = SEEDS) -> str:
+    """tables.md. pictures: folder of the plots of the build-up and of the turnover."""
     parts = ["# The tables of the ablations", "Made by `python assets/ablations.py --tables` from runs.parquet; what "
-             "they say is told in [README.md](README.md)."]
+             "they say is told in [README.md](README.md).", not_made(runs, seeds)]
     for name, (against, _) in TABLES.items():
         parts += [f"## {name}", f"Differences are from the {'row before' if against == 'previous' else 'first row'}.",
-                  side_by_side(runs, name, picture if name == "build-up" else None)]
+                  side_by_side(runs, name, pictures / "build-up.png" if pictures and name == "build-up" else None)]
     parts += ["## levels", "Held-out accuracy after training, by difficulty; means over seeds, with their standard "
               "error.", by_difficulty(runs)]
     parts += ["## stages", "Greedy accuracy on the way, of the held-out problems that are answered at each stage's "
               "end, mean over seeds.", *(by_stage(row, runs[row]) for row in STAGES)]
+    parts += ["## turnover", "Of the held-out problems, by greedy answers: newly solved, newly lost and kept (right at "
+              "both times); means over seeds, with their standard error. First from before training to after, then "
+              "from one stage's end to the next.", turnover(runs),
+              *(turnover_by_stage(row, runs[row]) for row in STAGED if runs[row])]
+    parts += ["## pictures", "Greedy accuracy with the pictures given, none (grey, of the same size) and swapped "
+              "(another problem's of the same shape).", picture_use(runs)]
     parts += ["## mechanisms", "What weight and bonus do to the advantages A of a group, by its right answers.",
               mechanisms(runs)]
-    return "\n\n".join(parts) + "\n"
+    if pictures:
+        draw_turnover(runs, pictures / "turnover.png")
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main() -> None:
@@ -422,9 +577,11 @@ def main() -> None:
         if (found := len(load_records(str(TEST)))) != args.held_out:
             sys.exit(f"{TEST} has {found} problems, not {args.held_out}: other ones want another folder, and all runs "
                      "anew")
+        if not GREY.exists():
+            make_grey()
         make_runs(args.seeds, args.jobs)
         (KEPT / "start.md").write_text(make_start() + "\n")
-    text = all_tables(load_runs(args.seeds), KEPT / "build-up.png")
+    text = all_tables(load_runs(args.seeds), KEPT, args.seeds)
     (KEPT / "tables.md").write_text(text)
     print(text)
 

@@ -29,7 +29,8 @@ from eval import TOY, drawn, label_of, markdown, mean, percent  # noqa: E402
 from train import TECHNICAL, read_log  # noqa: E402
 
 # What runs of one setting may differ in; what was asked of an evaluation is told by its data.
-UNEQUAL = ("program", "seed", "out", "resume", "model", "trained", "responses", "benchmark", "rows", *TECHNICAL)
+UNEQUAL = ("program", "seed", "out", "resume", "model", "trained", "responses", "benchmark", "pictures", "rows",
+           *TECHNICAL)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,14 @@ def evaluation_runs(folder: Path, scores: dict) -> list[Run]:
     problems: dict[str, dict] = {}
     beside = {}
     for s in scores["scores"]:
-        problems.setdefault(s["prompt"], {})[f"{s['benchmark']}, {s['sampling']}"] = {
+        kind = s.get("pictures", "given")
+        column = f"{s['benchmark']}, {s['sampling']}" + f", pictures {kind}" * (kind != "given")
+        problems.setdefault(s["prompt"], {})[column] = {
             key: (s["drawn_with"].get(key, key), accuracy) for key, accuracy in s["by_problem"].items()}
-        beside[s["prompt"]] = beside_of(s, s["sampling"])
+        if kind == "given":
+            beside[s["prompt"]] = beside_of(s, s["sampling"])
     seed = f"{trained.get('seed', '')}/{asked['seed']}"
-    return [Run(folder, seed, settings | {"prompt": prompt}, columns, beside=beside[prompt])
+    return [Run(folder, seed, settings | {"prompt": prompt}, columns, beside=beside.get(prompt, {}))
             for prompt, columns in problems.items()]
 
 

@@ -14,9 +14,9 @@ of several rows is wrong, at any temperature, and reinforcement learning has to 
 observe all of it, rather than sharpen what it does already.
 
 The second world, steep, has the same pictures and questions and another start, which goes on from the first one's
-model: one where a ladder should win. It slips often, and after each row gives up looking more often than not. So one row
-is solved at temperature 1 by 60 to 80% of its responses, three rows by hardly any; and what two rows teach, to look on
-and to slip less, is what three want. Its think style describes the picture too, inside <think>, in as many tokens as
+model: one where a ladder should win. It slips often, and after each row gives up looking more often than not. So one
+row is solved at temperature 1 by 60 to 80% of its responses, three rows by hardly any; and what two rows teach, to look
+on and to slip less, is what three want. Its think style describes the picture too, inside <think>, in as many tokens as
 the observe style does outside.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -571,7 +572,7 @@ def test_batches_use_every_problem_once_and_never_cross_a_stage(ladder):
         assert max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("order", ["ladder", "sorted", "random", "reverse"])
+@pytest.mark.parametrize("order", ["ladder", "sorted", "random", "reverse", "review", "gaussian"])
 def test_a_stopped_run_goes_on_where_it_was(ladder, order):
     """Off-by-one replays: the classic fault of resumed runs."""
     whole = list(Curriculum(ladder, 16, order, seed=3))
@@ -609,6 +610,105 @@ def test_orders(ladder):
     assert keys == sorted(keys)
     by_level = [r.difficulty for b in Curriculum(ladder, 16, "random") for r in b.records]
     assert by_level != sorted(by_level)
+
+
+def levels_of(curriculum: Curriculum, quarter: int) -> np.ndarray:
+    """[L] problems by level in a quarter of the batches."""
+    cut = [len(curriculum) * i // 4 for i in range(5)]
+    batches = curriculum.batches[cut[quarter]:cut[quarter + 1]]
+    return np.bincount([level_of(r) for b in batches for r in b.records], minlength=9)
+
+
+@pytest.mark.parametrize("order", ["review", "gaussian", "adaptive"])
+def test_remedies_take_as_many_rollouts(ladder, order):
+    """Rows that are compared must have sampled as many; a problem that is twice in a batch has its responses twice."""
+    curriculum = Curriculum(ladder, 16, order, seed=2)
+    for batch in curriculum:
+        curriculum.learned([.5] * len(batch.records))
+        assert len({r.id for r in batch.records}) == len(batch.records)
+    other = Curriculum(ladder, 16, "ladder" if order == "review" else "random", seed=2)
+    assert [len(b.records) for b in curriculum.batches] == [len(b.records) for b in other.batches]
+
+
+def test_review_brings_back_problems_of_stages_before(ladder):
+    """A quarter of each stage but the first; the new ones are the first of the stage's own."""
+    curriculum, plain = Curriculum(ladder, 16, "review", seed=1), Curriculum(ladder, 16, seed=1)
+    seen: set[str] = set()
+    for stage in range(9):
+        got, own = ([r for b in each.batches if b.stage == stage for r in b.records] for each in (curriculum, plain))
+        again = [r for r in got if r.stage != stage]
+        assert len(again) == (len(own) // 4 if stage else 0) and {r.id for r in again} <= seen
+        new = {r.id for r in got if r.stage == stage}
+        assert new == {r.id for r in own[:len(own) - len(again)]}
+        seen |= new
+    assert [(b.stage, b.ends_stage) for b in curriculum.batches] == [(b.stage, b.ends_stage) for b in plain.batches]
+
+
+def test_gaussian_rises_and_never_lets_the_easy_go(ladder):
+    """E2H-G: the mean level rises steadily; at the end easy levels are drawn still, where the ladder has none."""
+    curriculum = Curriculum(ladder, 16, "gaussian", seed=1)
+    quarters = [levels_of(curriculum, i) for i in range(4)]
+    means = [(q * np.arange(9)).sum() / q.sum() for q in quarters]
+    assert means == sorted(means) and means[3] - means[0] > 1.5
+    assert quarters[3][:3].sum() > 0 == levels_of(Curriculum(ladder, 16, seed=1), 3)[:3].sum()
+    # By hand, at the end: level l has the chance exp(-((l - 8) / 4)^2 / 2), however many problems it has.
+    bell = np.exp(-((np.arange(9) - 8) / 4) ** 2 / 2)
+    ends = [levels_of(Curriculum(ladder, len(ladder) // 8, "gaussian", seed=seed), 3) for seed in range(40)]
+    late = np.sum(ends, axis=0) / np.sum(ends)
+    assert late[0] > .3 * bell[0] / bell.sum() and late[8] > .6 * bell[8] / bell.sum()
+
+
+def test_adaptive_follows_the_running_pass_rate():
+    """Levels that are solved by now, or not at all, give way to those that are solved half of the time."""
+    records = [replace(r, stage=0) for r in measured([150] * 9)]
+
+    def drawn(rate_of) -> np.ndarray:
+        curriculum = Curriculum(records, 16, "adaptive", seed=1)
+        for batch in curriculum:
+            curriculum.learned([rate_of(level_of(r)) for r in batch.records])
+        return levels_of(curriculum, 3)
+
+    mastered = drawn(lambda level: 1.0 if level < 6 else .5)  # p (1 - p) + .01: .01 against .26
+    assert mastered[6:].min() > 5 * mastered[:6].max()
+    hopeless = drawn(lambda level: 0.0 if level > 2 else .5)
+    assert hopeless[:3].min() > 5 * hopeless[3:].max()
+
+
+def test_adaptive_goes_on_as_it_would_have(ladder):
+    """What is chosen hangs on what was met: a resumed run must choose the same, the batch that was made ready too."""
+    def met(batch) -> list[float]:
+        return [(int(r.id[-1]) if r.id[-1].isdigit() else 5) / 9 for r in batch.records]
+
+    whole, first = [], Curriculum(ladder, 16, "adaptive", seed=3)
+    for batch in first:
+        whole.append(batch)
+        first.learned(met(batch))
+        if first.position == 7:
+            state = json.loads(json.dumps(first.state_dict()))
+    second = Curriculum(ladder, 16, "adaptive", seed=3)
+    second.load_state_dict(state)
+    assert second.position == 7
+    for batch, wanted in zip(second, whole[7:], strict=True):
+        assert batch == wanted
+        second.learned(met(batch))
+    with pytest.raises(ValueError, match="changed since the checkpoint"):
+        Curriculum(ladder, 16, "adaptive", seed=4).load_state_dict(state)
+
+
+def test_a_batch_of_adaptive_that_is_given_back_is_not_learned_from(ladder):
+    curriculum = Curriculum(ladder, 16, "adaptive")
+    for batch in itertools.islice(curriculum, 3):
+        curriculum.learned([0.0] * len(batch.records))
+    curriculum.undo()
+    assert curriculum.state_dict()["position"] == len(curriculum.state_dict()["rates"]) == 2
+
+
+@pytest.mark.parametrize("order", ["gaussian", "adaptive"])
+def test_drawn_orders_know_no_stages_and_want_measured_data(ladder, order):
+    with pytest.raises(ValueError, match=f"--order {order} knows no stages"):
+        Curriculum(ladder, 16, order, stages=range(2))
+    with pytest.raises(ValueError, match="has no difficulty"):
+        Curriculum([Record(str(i), "?", "1") for i in range(10)], 4, order)
 
 
 def test_one_stage_alone_is_what_it_is_in_the_whole_run(ladder):

@@ -13,6 +13,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import compare
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TOY
@@ -20,12 +22,13 @@ from PIL import Image
 
 import eval
 import rollout
-from data import Record, load_records, save_records
+from data import Dropped, Record, load_records, open_image, run_program, save_records
 from eval import (
     Result,
     before_after,
     evaluate,
     judge,
+    other_pictures,
     plot_curves,
     response_lines,
     scores_of,
@@ -34,7 +37,7 @@ from eval import (
     write_responses,
 )
 from rewards import Response, accuracy_reward
-from rollout import Group, Sample
+from rollout import Group, Sample, load_policy
 
 
 def response(right: bool, tokens: int = 10, observation: float | None = None, answer: str | None = "1") -> Response:
@@ -245,6 +248,83 @@ def test_sections_are_counted(processor):
     assert judged.tokens == size.pop("all") and judged.sections == size and judged.accuracy == judged.format == 1
     scores = scores_of("x", [Result(record, [judged])])
     assert scores["sections"]["think"] == {"length": size["think"], "share": size["think"] / judged.tokens}
+
+
+def test_grey_pictures_have_the_size_of_those_given(test_set):
+    """Of another size the prompt would have other tokens, and the difference not be the picture's."""
+    rows = [*test_set[:6], replace(test_set[6], images=test_set[6].images * 2), replace(test_set[7], images=()),
+            Dropped("x", "null gold", "no gold")]
+    for row, other in zip(rows, other_pictures(rows, "none"), strict=True):
+        assert row.id == other.id and len(row.images) == len(other.images)
+        assert isinstance(row, Dropped) or replace(other, images=()) == replace(row, images=())
+        for image, grey in zip(row.images, other.images):
+            grey = open_image(grey, "grey")
+            assert grey.size == open_image(image, "given").size
+            assert grey.getcolors() == [(grey.width * grey.height, (128, 128, 128))]
+
+
+def test_swapped_pictures_are_another_problems_of_the_same_shape(test_set):
+    """One's own picture again, which several rows of a benchmark share, would be no control."""
+    def shape(row) -> list[tuple[int, int]]:
+        return [open_image(image, row.id).size for image in row.images]
+
+    twin = replace(test_set[0], id="twin")
+    rows = [test_set[0], twin, *test_set[1:60], Dropped("x", "null gold", "no gold")]
+    found = other_pictures(rows, "swapped")
+    shapes = [shape(row) for row in rows]
+    alone = 0
+    for row, other, own in zip(rows[:-1], found[:-1], shapes, strict=False):
+        assert replace(other, images=()) == replace(row, images=()) and other.images != row.images
+        assert len(other.images) == len(row.images)
+        theirs = {images for images in (r.images for r, size in zip(rows, shapes) if size == own)} - {row.images}
+        alone += not theirs
+        assert other.images in theirs if theirs else True
+    assert alone < 8 and found[-1] == rows[-1]
+    two = replace(test_set[3], id="two", images=test_set[3].images * 2)
+    [dropped] = [row for row in other_pictures([*rows, two], "swapped") if row.id == "two"]
+    assert isinstance(dropped, Dropped) and "no other problem has 2 pictures" in dropped.detail
+
+
+@pytest.mark.run
+def test_pictures_side_by_side(tmp_path, monkeypatch, capsys, test_set, processor):
+    """Each kind is answered with its own pictures; the difference is paired, and so is its interval."""
+    save_records(str(tmp_path / "some.parquet"), test_set[:24])
+    options = f"--benchmark {tmp_path}/some.parquet --model {TOY}/model --temperature 0 --out {tmp_path}/"
+    for name, more in (("three", "--pictures given,none,swapped"), ("plain", ""), ("blind", "--pictures none")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *options.split()[:-1], f"{tmp_path}/{name}", *more.split()])
+        eval.main()
+    told = capsys.readouterr().out
+    three, plain, blind = (json.loads((tmp_path / name / "scores.json").read_text())["scores"]
+                           for name in ("three", "plain", "blind"))
+    assert [s["pictures"] for s in three] == ["given", "none", "swapped"]
+    assert three[0] == plain[0] and three[1]["by_problem"] == blind[0]["by_problem"]
+    assert "against_given" not in blind[0]
+    for s in three[1:]:
+        changes = [s["by_problem"][key] - right for key, right in three[0]["by_problem"].items()]
+        assert s["against_given"] == pytest.approx(np.mean(changes)) and s["against_given"] < 0
+        low, high = s["against_interval"]
+        wide = 1.96 * np.std(changes) / len(changes) ** .5
+        assert (high - low) / 2 == pytest.approx(wide, rel=.25)
+    assert f"{100 * three[1]['against_given']:+.1f} [" in told and "observe, greedy, swapped" in told
+    # Asked again in training's own words: what a grey picture gives is what eval.py says it gives.
+    grey = list(evaluate(load_policy(str(TOY / "model")), processor, other_pictures(test_set[:24], "none"),
+                         style="observe", temperature=0, samples=1, max_tokens=1024))
+    assert {r.record.id: r.accuracy for r in grey} == three[1]["by_problem"]
+    runs = compare.read_runs(tmp_path / "three")
+    assert set(runs[0].problems) == {"some, greedy", "some, greedy, pictures none", "some, greedy, pictures swapped"}
+    monkeypatch.setattr(sys, "argv", ["eval.py", *options.split()[:-1], f"{tmp_path}/again", "--responses",
+                                      f"{tmp_path}/three/responses.jsonl"])
+    with pytest.raises(SystemExit, match="leave the lines of one"):
+        run_program(eval.main)
+
+
+@pytest.mark.parametrize("pictures, more, why", [
+    ("grey", [], "--pictures grey: there are given, none, swapped"), ("none,none", [], "each only once"),
+    ("none", ["--responses", "x.jsonl"], "to the pictures that were given")])
+def test_kinds_of_pictures_that_cannot_be_meant(monkeypatch, pictures, more, why):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", "m", "--pictures", pictures, *more])
+    with pytest.raises(ValueError, match=why):
+        eval.check_args(eval.parse_args())
 
 
 def test_page_escapes_what_a_model_writes(tmp_path, test_set):

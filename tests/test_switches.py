@@ -43,7 +43,8 @@ MODEL = str(TOY / "model")
 BASE = ("--prompts-per-rollout 4 --group-size 3 --updates-per-rollout 2 --data WORLD/ladder.parquet "
         "--test WORLD/a.parquet")
 WATCHED = ("start_processes Processor load_records check_records Curriculum load_trainer encode_ahead sample_groups "
-           "judge group_rewards response_logprobs grpo_loss roll_out save_checkpoint mark_best_and_prune").split()
+           "judge flip_coins group_rewards response_logprobs grpo_loss roll_out save_checkpoint "
+           "mark_best_and_prune").split()
 
 
 @dataclass
@@ -109,6 +110,9 @@ CASES = {
     "bonus_floor": Case("--bonus-floor 7", {"group_rewards.bonus_min_length": 7}),
     "sigma": Case("--sigma 0", {"group_rewards.sigma": None}),
     "normalize_std": Case("--no-normalize-std", {"group_rewards.normalize_std": False}),
+    "random_rewards": Case("--random-rewards", {  # (which groups have a signal is the coins')
+        "flip_coins.step": (1, 2), "flip_coins.responses": 4, "grpo_loss.num_tokens": ANY,
+        "grpo_loss.num_sequences": ANY, "response_logprobs.rows": ANY}),
     "rejection_sampling": Case("--rejection-sampling", {"group_rewards.rejection_sampling": True}),
     "updates_per_rollout": Case("--updates-per-rollout 1", {
         "steps": 2, "lr": 1e-4, "grpo_loss.num_tokens": 54, "grpo_loss.num_sequences": 9, "response_logprobs.rows": 3}),
@@ -321,6 +325,22 @@ def test_a_setting_changes_what_it_says_and_nothing_else(stage, world, name):
     assert changed == case.differs | ({} if name in ("resume", "out") else {f"settings.{name}": ANY})
 
 
+def test_coins_are_even_and_hang_on_seed_step_and_place_only():
+    """The control of random rewards: a coin that follows the answer, or the batch's other groups, is none."""
+    cfg = replace(Config(), group_size=8, seed=5)
+    wrong, right = ([[Response("1", value, .5, .25, "t", 9, False)] * 8 for _ in range(500)] for value in (0.0, 1.0))
+    flipped = [[[r.accuracy for r in group] for group in train.flip_coins(responses, 3, cfg)]
+               for responses in (wrong, right, wrong[:100])]
+    assert flipped[0] == flipped[1] and flipped[2] == flipped[0][:100]
+    coins = torch.tensor(flipped[0])
+    assert set(coins.unique().tolist()) == {0, 1} and abs(coins.mean() - .5) < .03
+    assert abs(torch.corrcoef(coins.T).fill_diagonal_(0)).max() < .2, "no place in a group follows another"
+    for other in (train.flip_coins(wrong, 4, cfg), train.flip_coins(wrong, 3, replace(cfg, seed=6))):
+        assert .4 < (torch.tensor([[r.accuracy for r in group] for group in other]) == coins).float().mean() < .6
+    told = train.flip_coins(wrong, 3, cfg)[0][0]
+    assert replace(told, accuracy=0.0) == wrong[0][0], "nothing else of a response changes"
+
+
 def test_defaults_are_the_papers_but_for_the_row_of_a_preset():
     """A number of a preset in another's row, or the toy's in a run of 3B."""
     toy, small, large = (vars(parse_config(["--preset", name, "--data", "d"])) for name in ("toy", "3b", "7b"))
@@ -348,7 +368,7 @@ PROGRAMS = {  # what is given to all of their runs, and what of theirs is watche
     curriculum: (f"--data WORLD/raw.parquet --model {MODEL} --size 2", "Processor load_records check_records "
                  "load_to_sample roll_out low_complexity_cut build_ladder read_corrections"),
     eval_: (f"--model {MODEL} --benchmark WORLD/a.parquet",
-            "Processor read_benchmark raise_or_skip load_to_sample roll_out")}
+            "Processor read_benchmark raise_or_skip load_to_sample roll_out other_pictures")}
 OPTIONS = {
     curriculum: {
         "data": Case("--data WORLD/more.parquet", {"load_records.path_or_id": "WORLD/more.parquet"}),
@@ -380,6 +400,9 @@ OPTIONS = {
             "raise_or_skip.name": "b", "raise_or_skip.good": 8}),
         "prompt": Case("--prompt think,none", {"roll_out.name": ("a-think-greedy", "a-none-greedy"),
                                                "roll_out.style": ("think", "none")}),
+        "pictures": Case("--pictures swapped,none", {
+            "other_pictures.kind": ("swapped", "none"), "other_pictures.rows": 2,
+            "roll_out.name": ("a-observe-greedy-swapped", "a-observe-greedy-none")}),
         "temperature": Case("--temperature .7", {"roll_out.temperature": .7, "roll_out.name": "a-observe-T=0.7"}),
         "samples": Case("--samples 3", {"roll_out.samples": 3, "roll_out.temperature": 1,
                                         "roll_out.name": "a-observe-T=1"}),

@@ -460,6 +460,21 @@ def test_logged_numbers_by_hand():
         "step": 3, "id": "r", "stage": 1, "difficulty": .5, "right": 2, "of": 4, "reward": 4.2 / 4, "length": 25})
 
 
+@pytest.mark.run
+def test_adaptive_resumes_to_the_bit(small, tmp_path):
+    """Its batches hang on what was met: the checkpoint must carry that, and the batch whose prompts were made ahead."""
+    options = [*small, "--order", "adaptive", "--test=", "--save-every", "1", "--keep", "9"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    for more in (["--max-steps", "3"], ["--resume"]):
+        main([*options, "--out", str(tmp_path / "run"), *more])
+    met = [(tmp_path / name / "problems.jsonl").read_text() for name in ("whole", "run")]
+    assert met[0] == met[1] and lines(tmp_path / "whole") == lines(tmp_path / "run")
+    ids = [json.loads(line)["id"] for line in met[0].splitlines()]
+    assert len(set(ids)) < len(ids) == 24, "problems come again, in as many rollouts"
+    one, other = (weights(tmp_path / name) for name in ("whole", "run"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_resume_equals_the_run_that_was_never_stopped(small, whole_run, stopped_run):
     """Stopped by a signal in the middle of a stage: same log, same weights, same moments, to the bit."""
     run = stopped_run(3)
