@@ -505,7 +505,7 @@ def draw_turnover(runs: dict[str, list[dict]], path: Path) -> None:
         axis.set_yticklabels(rows)
         axis.set_title(f"{part}, greedy, before to after training")
         axis.axvline(0, color="0.5", linewidth=.8)
-        axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

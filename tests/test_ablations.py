@@ -10,7 +10,7 @@ import ablations
 import compare
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, lines
 
 import train
 from data import load_records, save_records
@@ -60,14 +60,19 @@ def section(name: str) -> str:
 
 def test_rows_differ_in_what_they_say():
     """A switch misspelt, or two rows of one setting, would show after hours; a row must change one thing only."""
-    settings = {row: vars(parse_config(["--out", "x", *switches.split()])) for row, switches in ablations.ROWS.items()}
+    settings = {row: vars(parse_config([*map(str, ablations.command_of(row, 0))])) for row in ablations.ROWS}
+    for now in settings.values():
+        del now["out"]
 
     def changed(one: str, other: str) -> list[str]:
         return [key for key in settings[one] if settings[one][key] != settings[other][key]]
 
-    assert len({str(sorted(now.items())) for now in settings.values()}) == len(settings)
-    for name in ("build-up", "take-away", "order", "constant-lr"):
-        against, rows = ablations.TABLES[name]
+    own = {row: str(now) for row, now in settings.items() if not row.startswith("again: ")}
+    assert len(set(own.values())) == len(own)
+    assert all(not changed(row, row.removeprefix("again: ")) for row in settings)
+    for name, (against, rows) in ablations.TABLES.items():
+        if name == "control":  # (rejection sampling differs from the full method in all that it leaves out)
+            continue
         for one, other in zip(rows, rows[1:]):
             base = one if against == "previous" else rows[0]
             assert len(changed(base, other)) == 1, f"{name}: {base} -> {other}"
@@ -109,9 +114,11 @@ def test_a_finished_run_is_kept_as_it_is_and_not_done_again(elsewhere, finished_
         shutil.copytree(finished_run, ablations.OUT / ablations.name_of(row, seed)) and (row, seed)))
     ablations.make_runs(seeds=4, jobs=1)
     assert ablations.finished() == {("Observe-R1", seed) for seed in range(4)}
-    assert [len(records) for records in ablations.load_runs(4).values()] == [4]
-    with pytest.raises(ValueError, match="lacks 1 runs, such as Observe-R1, seed 4"):
-        ablations.load_runs(5)
+    runs = ablations.load_runs(5)
+    assert [len(records) for records in runs.values()] == [4] and not ablations.not_made(runs, 4)
+    assert ablations.not_made(runs, 5) == "Seeds still to be made: Observe-R1 (4 of 5)."
+    with pytest.raises(ValueError, match="has no runs of these rows"):
+        ablations.load_runs(0)
 
 
 @pytest.mark.run
@@ -166,6 +173,7 @@ def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
     assert ablations.by_difficulty(runs) in section("levels")
     for row in ablations.STAGES:
         assert ablations.by_stage(row, runs[row]) in section("stages")
+    assert ablations.turnover(runs) in section("turnover")
     monkeypatch.setattr(compare, "difference", partial(compare.difference, draws=2))
     monkeypatch.setattr(ablations, "run", None)
     monkeypatch.setattr(ablations, "load_runs", lambda seeds: runs)
@@ -175,7 +183,86 @@ def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
     made = (tmp_path / "tables.md").read_text()
     drawn = re.compile(r" \[.*?\]|-{3,}| {2,}")
     assert drawn.sub("", made) == drawn.sub("", kept) and made in capsys.readouterr().out
-    assert (tmp_path / "build-up.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("build-up.png", "turnover.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def answers_of(step: int, *right: str, sampling: str = "greedy") -> list[dict]:
+    """Of four held-out problems a and b, easy, c and d, hard, which were right at a step."""
+    return [{"step": step, "sampling": sampling, "problem": problem, "difficulty": float(problem in "cd"),
+             "accuracy": float(problem in right)} for problem in "abcd"]
+
+
+def test_turnover_by_hand(monkeypatch):
+    """Newly lost counts what was right before, of all; sampled answers, and levels of the other part, do not count."""
+    records = [{"answers": [*answers_of(0, "a", "b"), *answers_of(5, "a", "c"), *answers_of(9, "a", "d", "b"),
+                            *answers_of(0, "c", sampling="sampled")]},
+               {"answers": [*answers_of(0, "a"), *answers_of(5, "a", "b"), *answers_of(9, "b", "c")]}]
+    monkeypatch.setattr(ablations, "ROWS", {"x": ""})
+    monkeypatch.setattr(ablations, "PARTS", {"easy": (0, .25), "hard": (.75, 1)})
+    header, _, row = cells(ablations.turnover({"x": records}))
+    told = dict(zip(header, row))
+    assert told == {
+        "row": "x", "seeds": "2", "easy: newly solved, %": "25.0 ± 25.0", "easy: newly lost, %": "25.0 ± 25.0",
+        "easy: kept, %": "50.0 ± 50.0", "hard: newly solved, %": "50.0 ± 0.0", "hard: newly lost, %": "0.0 ± 0.0",
+        "hard: kept, %": "0.0 ± 0.0"}
+    _, _, first, second = cells(ablations.turnover_by_stage("x", records))
+    assert first == ["0 to 5", "25.0 ± 0.0", "12.5 ± 12.5", "25.0 ± 0.0"]
+    assert second == ["5 to 9", "37.5 ± 12.5", "25.0 ± 0.0", "25.0 ± 0.0"]
+
+
+def test_use_of_pictures_by_hand(monkeypatch):
+    """Given minus none, paired; what training added to each. The start is one, however many seeds there are."""
+    def seen(end: str, kind: str, *right: int) -> list[dict]:
+        return [{"end": end, "pictures": kind, "problem": str(i), "accuracy": float(i in right)} for i in range(4)]
+
+    start = [*seen("before", "given", 0, 1), *seen("before", "none", 0), *seen("before", "swapped")]
+    records = [{"pictures": start + seen("after", "given", 0, 1, 2, 3) + seen("after", "none", *none)
+                + seen("after", "swapped", 3)} for none in ((0,), (0, 1))]
+    monkeypatch.setattr(ablations, "LOOKED", ("x",))
+    _, _, *rows = cells(ablations.picture_use({"x": records}))
+    assert [[cell.partition(" [")[0] for cell in row] for row in rows] == [
+        ["x", "2", "before", "50.0", "25.0", "+25.0", "0.0", "+50.0"],
+        ["x", "2", "after", "100.0", "37.5", "+62.5", "25.0", "+75.0"],
+        ["x", "2", "added by training", "+50.0", "+12.5", "", "+25.0", ""]]
+
+
+@pytest.mark.run
+def test_answers_to_other_pictures_are_kept(elsewhere, finished_run, monkeypatch):
+    """Of the starting model, and of the newest checkpoint: what its weights answer, and not another's."""
+    row, held_out = "again: Observe-R1", finished_run.parent / "held-out.parquet"
+    monkeypatch.setattr(ablations, "inputs_of", lambda row: (TOY / "model", TOY / "ladder", held_out))
+    shutil.copytree(finished_run, ablations.OUT / ablations.name_of(row, 3))
+    ablations.look(row, TOY / "model", ablations.start_of(row), 1)
+    assert ablations.train(row, 3, 1) == (row, 3)
+    ablations.keep(row, 3)
+    [record] = pq.read_table(ablations.RUNS).to_pylist()
+    scores = json.loads((finished_run / "scores.json").read_text())
+    for end in ("before", "after"):
+        kinds = {kind: {a["problem"]: a["accuracy"] for a in record["pictures"]
+                        if (a["end"], a["pictures"]) == (end, kind)} for kind in ("given", "none", "swapped")}
+        assert kinds["given"] == scores[end]["greedy"]["by_problem"], "answered as in training"
+        assert len(kinds["none"]) == len(kinds["swapped"]) == 8
+        assert sum(kinds["none"].values()) < sum(kinds["given"].values())
+
+
+@pytest.mark.run
+def test_a_new_run_takes_over_the_starting_models_answers(elsewhere, finished_run):
+    """They are the same whatever the seed, and a third of a run; nothing else may come from the other run."""
+    shutil.copytree(finished_run, ablations.OUT / "other")
+    options = ["--model", str(TOY / "model"), "--data", str(TOY / "ladder"), "--stage", "0-1", "--test",
+               str(finished_run.parent / "held-out.parquet"), "--eval-limit", "4", "--prompts-per-rollout", "40",
+               "--group-size", "2", "--seed", "4", "--out"]
+    new = ablations.OUT / "new"
+    ablations.answered_before(new, [*options, new])
+    before = {file.name: file.read_bytes() for file in (new / "held-out").iterdir()}
+    assert len(before) == 2 and all(name.startswith("step000000") for name in before)
+    train.main([*options, str(new), "--resume"])
+    train.main([*options, str(elsewhere / "alone")])
+    assert lines(new) == lines(elsewhere / "alone") != lines(finished_run)
+    assert {name: (new / "held-out" / name).read_bytes() for name in before} == before, "not answered again"
+    ablations.answered_before(ablations.OUT / "think", [*options, ablations.OUT / "think", "--prompt", "think"])
+    assert not (ablations.OUT / "think").exists(), "no answers to that prompt are there"
 
 
 def evidence(name: str) -> dict[str, list[str]]:
