@@ -13,11 +13,11 @@ everything and reasons step by step; slips of reading and reckoning come on top.
 of several rows is wrong, at any temperature, and reinforcement learning has to change what the model does, namely
 observe all of it, rather than sharpen what it does already.
 
-The second world, steep, has the same pictures and questions and another start, which goes on from the first one's
-model: one where a ladder should win. It slips often, and after each row gives up looking more often than not. So one
-row is solved at temperature 1 by 60 to 80% of its responses, three rows by hardly any; and what two rows teach, to look
-on and to slip less, is what three want. Its think style describes the picture too, inside <think>, in as many tokens as
-the observe style does outside.
+The second world, steep, has the same pictures and another start, which goes on from the first one's model: one where a
+ladder should win. It slips often, and after each row gives up looking more often than not; and of the questions it has
+those that a glance seldom happens to answer. So a sum over one row is right in 60% of its responses at temperature 1,
+over two in 15%, over three in 2%; and what two rows teach, to look on and to slip less, is what three want. Its think
+style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -301,7 +301,9 @@ class World:
     seed: int
     problems: int
     held_out: int
+    size: int = 0  # of the ladder, where a scarce level is to give what it has; 0: as large as no level is over-drawn
     start: str = ""  # the model that the cold start goes on from; none: random weights
+    families: tuple[str, ...] = FAMILIES  # of the problems that are measured and held out; the cold start shows all
 
 
 WORLDS = {
@@ -310,11 +312,12 @@ WORLDS = {
                   ("problems", 600, Manner()), ("problems", 600, Manner()),
                   ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))),
                  (0.6, 0.25, 0.15), seed=0, problems=5800, held_out=300),
-    # To describe in <think> too, with care; then impatient, and with slips that add up over many digits.
-    "steep": World((("problems", 400, Manner(describe=True)),
-                    ("problems", 250, Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05,
-                                             describe=True))),
-                   (0.45, 0.45, 0.1), seed=100, problems=4000, held_out=500, start="assets/toy/model"),
+    # To describe in <think> too, with care; then impatient, ever more so, and with slips that add up over many digits.
+    "steep": World((("problems", 400, Manner(describe=True)), *(
+        ("problems", steps, Manner(careful=0, patience=patience, skip=0.10, forget=0.08, misread=0.05, slip=0.05,
+                                   describe=True)) for steps, patience in ((250, 0.35), (150, 0.2)))),
+                   (0.45, 0.45, 0.1), seed=100, problems=2400, held_out=500, size=1200, start="assets/toy/model",
+                   families=("sum", "colour", "bars")),
 }
 
 
@@ -399,14 +402,18 @@ def main() -> None:
         model.save_pretrained(model_dir)
 
     # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
-    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}") for i in range(args.problems or world.problems)]
-    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}") for i in range(args.held_out or world.held_out)]
+    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}", world.families)
+                for i in range(args.problems or world.problems)]
+    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}", world.families)
+                for i in range(args.held_out or world.held_out)]
     with tempfile.TemporaryDirectory() as folder:
         for name, records in (("train", problems), ("test", held_out)):
             save_records(f"{folder}/{name}.parquet", records)
             command = [sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
                        model_dir, "--out", f"{folder}/{name}", "--keep-simple", "--max-tokens", "160",
                        "--max-pixels", str(64 * TILE * TILE)]
+            if world.size and name == "train":
+                command += ["--size", str(world.size)]
             subprocess.run(command, check=True)
             if name == "train":  # once drawn, the same command, measuring nothing anew, shows the picture in the card
                 plot_ladder(load_records(f"{folder}/train"), Path(f"{folder}/train/ladder.png"))
