@@ -187,8 +187,8 @@ def answered_before(folder: Path, command: list) -> None:
 
 def command_of(row: str, seed: int) -> list:
     model, ladder, test = inputs_of(row)
-    return ["--model", model, "--data", ladder, *shlex.split(ROWS[row]), "--seed", seed, "--test", test,
-            "--eval-limit", 100, "--save-every", 20, "--out", OUT / name_of(row, seed)]
+    return ["--preset", "toy", "--model", model, "--data", ladder, *shlex.split(ROWS[row]), "--seed", seed,
+            "--test", test, "--eval-limit", 100, "--save-every", 20, "--out", OUT / name_of(row, seed)]
 
 
 def train(row: str, seed: int, threads: int) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,11 +12,16 @@ import make_toy
 import numpy as np
 import pictures
 import pytest
-from conftest import TOY
+from conftest import ROOT, TOY
 from PIL import Image
 
-from data import Processor, Record
+from curriculum import stage_table
+from data import Processor, Record, load_records
+from eval import evaluate
+from rollout import load_policy
 from train import Config
+
+STEEP = ROOT / "assets/steep"
 
 # --- comparison -------------------------------------------------------------------------------------------------------
 
@@ -242,6 +248,57 @@ def test_the_cold_start_learns_the_responses_and_nothing_else(processor: Process
     tokens = [len(response) for response in responses]
     each = [shipped(**row).loss.item() for row in alone]
     assert shipped(**inputs).loss.item() == pytest.approx(np.average(each, weights=tokens), rel=1e-4)
+
+
+def test_a_glance_goes_on_as_patience_has_it():
+    """steep stands on this: a fifth sees two rows, a twenty-fifth three; the first world's glance never goes on."""
+    rows = [[("red", 1), ("blue", 2)], [("red", 3)], [("green", 4)]]
+    rng = random.Random(0)
+    looked = [len(make_toy.glance(rows, False, .2, rng)) for _ in range(5000)]
+    assert [round(looked.count(n) / 5000, 2) for n in (1, 2, 3)] == pytest.approx([.8, .16, .04], abs=.015)
+    bars = [[("red", n) for n in (4, 1, 2, 3)]]
+    looked = [len(make_toy.glance(bars, True, .2, rng)[0]) for _ in range(5000)]
+    assert [round(looked.count(n) / 5000, 2) for n in (2, 3, 4)] == pytest.approx([.8, .16, .04], abs=.015)
+    before = rng.getstate()
+    assert make_toy.glance(rows, False, 0, rng) == rows[:1] and make_toy.glance(bars, True, 0, rng) == [bars[0][:2]]
+    assert rng.getstate() == before, "the first world's draws are what they were"
+
+
+def test_think_describes_in_steep_and_not_in_toy():
+    """Tags or content: the two styles of steep are to differ in their tags alone."""
+    record = make_toy.make_problem(random.Random(1), {d: [np.ones((8, 8))] for d in range(10)}, "x", ("sum",), (2, 2))
+    seen = make_toy.described(record.meta["rows"])
+    for describe in (True, False):
+        observe, think = (make_toy.write_trace(record, style, random.Random(3), make_toy.Manner(describe=describe))
+                          for style in ("observe", "think"))
+        reasoned = observe.partition("<think>")[2]
+        assert observe == f"<observe>{seen}</observe>\n<think>{reasoned}"
+        assert think == f"<think>{seen}\n{reasoned}" if describe else think == f"<think>{reasoned}"
+
+
+def test_steep_is_the_start_it_is_said_to_be():
+    """Where a ladder should win: hard problems at nearly 0 at temperature 1, easy ones with a signal."""
+    held_out, ladder = load_records(str(STEEP / "test.parquet")), load_records(str(STEEP / "ladder"))
+    assert len(held_out) == 500 and len(ladder) == 1200 == len({r.id for r in ladder})
+    assert {record.source for record in [*held_out, *ladder]} == {"toy/sum", "toy/colour", "toy/bars"}
+    sums = [np.mean([1 - r.difficulty for r in held_out if r.source == "toy/sum" and len(r.meta["rows"]) == rows])
+            for rows in (1, 2, 3)]
+    assert .55 < sums[0] < .8 and sums[1] < .2 and sums[2] < .03
+    assert np.mean([r.difficulty >= .875 for r in held_out]) > .5
+    size = sum(file.stat().st_size for file in STEEP.rglob("*") if file.is_file())
+    assert size < 12e6 and stage_table(ladder).sum() == 1200
+
+
+@pytest.mark.run
+def test_steeps_think_is_as_long_as_its_observe():
+    """Were one longer, what its description is worth could not be told from what its length is."""
+    model, processor = load_policy(str(STEEP / "model")), Processor(str(STEEP / "model"))
+    lengths = {}
+    for style in ("observe", "think"):
+        results = evaluate(model, processor, load_records(str(STEEP / "test.parquet"))[:60], style=style, temperature=1,
+                           samples=2, max_tokens=160)
+        lengths[style] = np.mean([response.tokens for result in results for response in result.responses])
+    assert lengths["think"] == pytest.approx(lengths["observe"], rel=.15)
 
 
 def test_the_test_set_is_as_the_builder_leaves_it(test_set):
