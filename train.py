@@ -350,12 +350,6 @@ def sample(policy: Policy, records: list[Record], prompts: list[Prompt], step: i
                          seed=cfg.seed * 1_000_003 + step, max_rows=cfg.rollout_rows)
 
 
-def flip_coins(responses: list[list[Response]], step: int, cfg: Config) -> list[list[Response]]:
-    """The control of random rewards: a coin in place of each accuracy, the same on all ranks."""
-    coins = np.random.default_rng([cfg.seed, step]).integers(2, size=(len(responses), cfg.group_size)).tolist()
-    return [[replace(r, accuracy=float(coin)) for r, coin in zip(group, row)] for group, row in zip(responses, coins)]
-
-
 def reward(responses: list[list[Response]], cfg: Config) -> Rewards:
     lengths = torch.tensor([[r.tokens for r in group] for group in responses])  # [P, G]
     return group_rewards(responses, lengths, format_weight=cfg.format_weight, bonus_coef=cfg.bonus,
@@ -618,6 +612,12 @@ class Rollout:
         """Have fewer groups a signal, and may another batch of the stage be sampled?"""
         few = int(rewards.signal.sum()) < self.wanted
         return few and len(self.batches) < cfg.refill and not self.batches[-1].ends_stage
+
+
+def flip_coins(responses: list[list[Response]], step: int, cfg: Config) -> list[list[Response]]:
+    """The control of random rewards: a coin in place of each accuracy, the same on all ranks."""
+    coins = np.random.default_rng([cfg.seed, step]).integers(2, size=(len(responses), cfg.group_size)).tolist()
+    return [[replace(r, accuracy=float(coin)) for r, coin in zip(group, row)] for group, row in zip(responses, coins)]
 
 
 # --- the run's folder and log -----------------------------------------------------------------------------------------
