@@ -74,10 +74,6 @@ MIXING /= MIXING.sum(axis=1, keepdims=True)
 STAGE_SHARES = np.array([.040, .043, .054, .079, .110, .136, .155, .179, .204])
 STAGE_SHARES /= STAGE_SHARES.sum()
 
-# The official set, by level, read off the same figure.
-PAPER_SHARES = np.array([.015, .035, .05, .075, .135, .15, .15, .20, .19])
-PAPER_COMPLEXITY = np.array([154, 165, 173, 179, 198, 210, 224, 236, 248])  # tokens
-
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 def with_rollouts(record: Record, rollouts: list[dict]) -> Record:
@@ -129,20 +125,7 @@ def largest_size(supply: np.ndarray, mixing: np.ndarray = MIXING,
     """The size of the largest ladder that over-draws no level of [L] supply, empty levels aside; the level that limits
     it."""
     sizes = np.where(supply > 0, supply / (stage_shares @ mixing), np.inf)
-    return min(int(sizes.min() + 1e-9), int(supply.sum())) if supply.any() else 0, int(sizes.argmin())
-
-
-def off_shares(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
-    """How [S, L] problems differ, by more than rounding, from [S] sizes in the shares of mixing: a line a stage."""
-    lines = []
-    for stage, (row, wanted) in enumerate(zip(table, sizes)):
-        want, missing = wanted * mixing[stage], wanted - row.sum()
-        parts = [f"{abs(missing)} problems {'short of' if missing > 0 else 'over'} {wanted}"] if missing else []
-        parts += [f"level {level} {row[level]} instead of {want[level]:.0f}"
-                  for level in np.flatnonzero(np.abs(row - want) >= 2)]
-        if parts:
-            lines.append(f"stage {stage}: {', '.join(parts)}")
-    return lines
+    return int(min(sizes.min() + 1e-9, supply.sum())), int(sizes.argmin())
 
 
 def allot(supply: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> np.ndarray:
@@ -189,23 +172,15 @@ def build_ladder(records: Iterable[Record], size: int | None = None, seed: int =
     rng = np.random.default_rng(seed)
     stages: list[list[Record]] = [[] for _ in sizes]
     for level, pool in enumerate(by_level):
-        used = [pool[i] for i in sorted(rng.permutation(len(pool))[:take[:, level].sum()])]
-        used.sort(key=lambda r: (r.complexity, r.id))
+        used = sorted(shuffled(pool, rng)[:take[:, level].sum()], key=lambda r: (r.complexity, r.id))
         for stage, count in enumerate(take[:, level]):
             stages[stage] += used[:count]
             used = used[count:]
-    return [replace(stage[i], stage=k) for k, stage in enumerate(stages) for i in rng.permutation(len(stage))]
+    return [replace(record, stage=k) for k, stage in enumerate(stages) for record in shuffled(stage, rng)]
 
 
-def stage_table(ladder: list[Record]) -> np.ndarray:
-    """[S, L] problems by stage and level. Raises ValueError for a record that is on no stage."""
-    table = np.zeros((LEVELS, LEVELS), int)
-    for record in ladder:
-        level = level_of(record)
-        if record.stage is None or not 0 <= record.stage < LEVELS:
-            raise ValueError(f"record {record.id} is on no stage 0 .. 8; build a ladder: --data FILE --out DIR")
-        table[record.stage, level] += 1
-    return table
+def shuffled(records: list[Record], rng: np.random.Generator) -> list[Record]:
+    return [records[i] for i in rng.permutation(len(records))]
 
 
 # --- the order of training --------------------------------------------------------------------------------------------
@@ -238,7 +213,7 @@ def blocks_of(records: list[Record], order: str, stages: range | None) -> list[t
             raise ValueError(f"record {record.id} is on no stage of a ladder; build one with curriculum.py, or train "
                              "on the data as it is with --order random")
         blocks.setdefault(stage, []).append(record)
-    taken = list(blocks if stages is None else stages)
+    taken = blocks if stages is None else stages
     if missing := [stage for stage in taken if stage not in blocks]:
         raise ValueError(f"the data has no stage {missing[0]}; its stages are {sorted(blocks)}")
     return [(stage, blocks[stage]) for stage in sorted(taken, reverse=order == "reverse")]
@@ -270,12 +245,12 @@ class Curriculum:
             if order == "sorted":
                 block = sorted(block, key=lambda r: (r.difficulty, r.complexity, r.id))
             else:  # (a stage's shuffle does not depend on which other stages are taken)
-                block = [block[i] for i in rng.permutation(len(block))]
+                block = shuffled(block, rng)
             if order == "review":
                 old = min(int(REVIEWED * len(block)), len(seen))
-                new, again = block[:len(block) - old], rng.permutation(len(seen))[:old]
-                mixed = new + [seen[i] for i in again]
-                block, seen = [mixed[i] for i in rng.permutation(len(mixed))], seen + new
+                new = block[:len(block) - old]
+                block = shuffled(new + shuffled(seen, rng)[:old], rng)
+                seen += new
             parts = np.array_split(np.arange(len(block)), -(-len(block) // batch_size))
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
         self.records = [record for batch in self.batches for record in batch.records]
@@ -285,7 +260,7 @@ class Curriculum:
         self.running = 1 - np.arange(LEVELS) / (LEVELS - 1)  # [L] pass rate, at first as the levels were measured
         if order in DRAWN:
             self.levels = np.array([level_of(record) for record in self.records])
-            for k in range(len(self) if order == "gaussian" else min(2, len(self))):
+            for k in range(len(self)):  # (of adaptive all but two are drawn again, see learned)
                 self.draw(k)
 
     def draw(self, k: int) -> None:
@@ -315,7 +290,7 @@ class Curriculum:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        while self.position < len(self.batches):
+        while self.position < len(self):
             self.position += 1
             yield self.batches[self.position - 1]
 
@@ -466,13 +441,42 @@ def apply_review(records: list[Record], decisions: Decisions) -> list[Record]:
                                  "judged; give the corrections to the build that measured it")
             rollouts = [r | {"accuracy": float(r["answer"] is not None and answer_matches(r["answer"], fixed))}
                         for r in record.meta["rollouts"]]
-            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), rollouts)
+            record = with_rollouts(fixed, rollouts)
         if decision != "drop":
             reviewed.append(record)
     return reviewed
 
 
 # --- the card of a ladder ---------------------------------------------------------------------------------------------
+
+# The official set, by level, read off the figure that MIXING is from.
+PAPER_SHARES = np.array([.015, .035, .05, .075, .135, .15, .15, .20, .19])
+PAPER_COMPLEXITY = np.array([154, 165, 173, 179, 198, 210, 224, 236, 248])  # tokens
+
+
+def off_shares(table: np.ndarray, sizes: np.ndarray, mixing: np.ndarray) -> list[str]:
+    """How [S, L] problems differ, by more than rounding, from [S] sizes in the shares of mixing: a line a stage."""
+    lines = []
+    for stage, (row, wanted) in enumerate(zip(table, sizes)):
+        want, missing = wanted * mixing[stage], wanted - row.sum()
+        parts = [f"{abs(missing)} problems {'short of' if missing > 0 else 'over'} {wanted}"] if missing else []
+        parts += [f"level {level} {row[level]} instead of {want[level]:.0f}"
+                  for level in np.flatnonzero(np.abs(row - want) >= 2)]
+        if parts:
+            lines.append(f"stage {stage}: {', '.join(parts)}")
+    return lines
+
+
+def stage_table(ladder: list[Record]) -> np.ndarray:
+    """[S, L] problems by stage and level. Raises ValueError for a record that is on no stage."""
+    table = np.zeros((LEVELS, LEVELS), int)
+    for record in ladder:
+        level = level_of(record)
+        if record.stage is None:
+            raise ValueError(f"record {record.id} is on no stage 0 .. 8; build a ladder: --data FILE --out DIR")
+        table[record.stage, level] += 1
+    return table
+
 
 def licence(source: str) -> str:
     """As the authors of a source publish it."""
