@@ -396,28 +396,32 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def tables(scores: list[dict]) -> str:
     """What eval.py prints: a row for each benchmark, prompt style and sampling; then each benchmark's sub-scores."""
-    many, blind = any(s["samples"] > 1 for s in scores), any(s["pictures"] != "given" for s in scores)
-    header = ["benchmark", "prompt", "sampling", *(["pictures"] if blind else []), "problems",
-              "accuracy %, 95% interval", *(["against given, paired"] if blind else []),
-              *(["majority %", "pass@k %"] if many else []), "format %", "unreadable %", "observation %", "tokens",
-              f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}", "cut off %"]
-    texts = [markdown(header, [row_of(s, many, blind) for s in scores])]
+    rows = [row_of(s) for s in scores]
+    unused = set() if any(s["samples"] > 1 for s in scores) else {"majority %", "pass@k %"}
+    if all(s["pictures"] == "given" for s in scores):
+        unused |= {"pictures", "against given, paired"}
+    header = [column for column in rows[0] if column not in unused]
+    texts = [markdown(header, [[row[column] for column in header] for row in rows])]
     for benchmark in dict.fromkeys(s["benchmark"] for s in scores):
         texts.append(parts_table(benchmark, [s for s in scores if s["benchmark"] == benchmark]))
     return "\n".join(text for text in texts if text)
 
 
-def row_of(s: dict, many: bool, blind: bool) -> list[str]:
-    k, several = s["samples"], []
-    change = [percent(s.get("against_given"), s.get("against_interval"), "+")] if blind else []
-    if many:
-        passes = [f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1]
-        several = [percent(s["majority"]) if k > 1 else "-", "  ".join(passes) or "-"]
+def row_of(s: dict) -> dict[str, str]:
+    """Cells by their columns."""
+    k = s["samples"]
+    passes = [f"@{n}: {percent(value)}" for n, value in s["pass"].items() if int(n) > 1]
     sections = [f"{part['length']:.0f} ({part['share']:.0%})" for part in s["sections"].values()]
-    return [s["benchmark"], s["prompt"], f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"],
-            *([s["pictures"]] if blind else []), str(s["problems"]), percent(s["accuracy"], s["interval"]), *change,
-            *several, percent(s["format"]), percent(s["unreadable"]), percent(s["observation"]),
-            "-" if s["length"] is None else f"{s['length']:.0f}", " / ".join(sections) or "-", percent(s["truncated"])]
+    return {
+        "benchmark": s["benchmark"], "prompt": s["prompt"],
+        "sampling": f"{s['sampling']}, avg@{k}" if k > 1 else s["sampling"], "pictures": s["pictures"],
+        "problems": str(s["problems"]), "accuracy %, 95% interval": percent(s["accuracy"], s["interval"]),
+        "against given, paired": percent(s.get("against_given"), s.get("against_interval"), "+"),
+        "majority %": percent(s["majority"]) if k > 1 else "-", "pass@k %": "  ".join(passes) or "-",
+        "format %": percent(s["format"]), "unreadable %": percent(s["unreadable"]),
+        "observation %": percent(s["observation"]), "tokens": "-" if s["length"] is None else f"{s['length']:.0f}",
+        f"of these {' / '.join(f'<{tag}>' for tag in SECTIONS)}": " / ".join(sections) or "-",
+        "cut off %": percent(s["truncated"])}
 
 
 def parts_table(benchmark: str, runs: list[dict]) -> str:
