@@ -722,8 +722,7 @@ PICTURES = ("given", "none", "swapped")
 
 def other_pictures(rows: list[Made], kind: str) -> list[Made]:
     """Is the picture used? Rows with grey pictures of the same size (kind `none`), or with those of the next problem
-    that has others, of the same shape where there is one, as many in any case (`swapped`; who finds none is dropped).
-    """
+    that has others, of the same shape if there is one, as many in any case (`swapped`; who finds none is dropped)."""
     pictured = {i: row for i, row in enumerate(rows) if isinstance(row, Record) and row.images}
     shapes = {i: tuple(open_image(image, row.id).size for image in row.images) for i, row in pictured.items()}
     found = list(rows)
@@ -734,9 +733,8 @@ def other_pictures(rows: list[Made], kind: str) -> list[Made]:
         return found
     looks = {i: [hashlib.sha256(stored(image)).digest() for image in row.images] for i, row in pictured.items()}
     for i, row in pictured.items():
-        others = [j for j in pictured if j > i] + [j for j in pictured if j < i]
-        fitting = [j for j in others if len(shapes[j]) == len(shapes[i]) and looks[j] != looks[i]]
-        near = next((j for j in fitting if shapes[j] == shapes[i]), fitting[0] if fitting else None)
+        fitting = [j for j in pictured if len(shapes[j]) == len(shapes[i]) and looks[j] != looks[i]]
+        near = min(fitting, key=lambda j: (shapes[j] != shapes[i], j < i), default=None)
         found[i] = Dropped(row.id, "no other pictures", f"{row.id}: no other problem has {len(row.images)} pictures",
                            meta=row.meta) if near is None else replace(row, images=pictured[near].images)
     return found
