@@ -624,11 +624,16 @@ def read_json(path: Path):
 def write_json(path: Path, value) -> None:
     """Whole or not at all, whatever is killed when."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "w") as file:
-        file.write(json.dumps(value, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
+    part.write_text(json.dumps(value, indent=1))
+    sync(part)
     os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def model_digest(path: str) -> str:

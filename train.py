@@ -69,7 +69,7 @@ from tqdm import tqdm
 from curriculum import Batch, Curriculum, warn_if_blind
 from data import PROMPTS, TINY, Processor, Prompt, Record, check_records, load_records, range_fault, run_program
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
-                  mean, roll_out, summarize, write_json, write_responses)
+                  mean, roll_out, summarize, sync, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
 from rollout import (Group, Packed, Policy, copy_weights, device_of, encode_ahead, full_tensor, gather_shares,
                      generation_config, load_trainer, on_rank_0, rank_and_world, response_logprobs, sample_groups,
@@ -1081,13 +1081,6 @@ def load_moments(path: Path, policy: Policy, steps: dict[str, int]) -> None:
     if steps:
         dcp.load(moments(policy), storage_reader=dcp.HuggingFaceStorageReader(str(path / "trainer")),
                  no_dist=not dist.is_initialized())
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def newest_whole(run: Path) -> Path | None:
