@@ -176,14 +176,14 @@ def summarize(results: list[Result]) -> dict:
     """Scores in [0, 1] and mean length in tokens, means over problems of means over samples (avg@k).
 
     `levels` holds the same for each difficulty level that the problems were measured at; `by_problem` each accuracy."""
-    def over(part: list[Result], field: str) -> float | None:
-        return mean(mean(getattr(r, field) for r in result.responses) for result in part)
-
     def scores(part: list[Result]) -> dict:
+        def over(field: str) -> float | None:
+            return mean(mean(getattr(r, field) for r in result.responses) for result in part)
+
         unread = mean(mean(r.answer is None for r in result.responses) for result in part)
-        return {"problems": len(part), "accuracy": mean(r.accuracy for r in part), "format": over(part, "format"),
-                "observation": over(part, "observation"), "length": over(part, "tokens"),
-                "truncated": over(part, "truncated"), "unreadable": unread}
+        return {"problems": len(part), "accuracy": mean(r.accuracy for r in part), "format": over("format"),
+                "observation": over("observation"), "length": over("tokens"), "truncated": over("truncated"),
+                "unreadable": unread}
 
     levels = defaultdict(list)
     for result in results:
@@ -541,7 +541,6 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure  # (not pyplot: no window, no state)
 
     steps = [m for m in metrics if "reward" in m]
-    tests = [m for m in metrics if "eval" in m]
     panels = [("accuracy", "accuracy"), ("format", "format"), ("observation", "observation accuracy"),
               ("length", "response length, tokens"), ("reward", "reward"), ("signal", "share of groups with signal"),
               ("entropy", "entropy, nats a token"), ("grad_norm", "gradient norm")]
@@ -556,7 +555,8 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
             smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, style, name in (("greedy", "o-C1", "greedy"), ("sampled", "o:C2", "temperature 1")):
-            scores = [(m["step"], m["eval"][kind][key]) for m in tests if m["eval"].get(kind, {}).get(key) is not None]
+            scores = [(m["step"], m["eval"][kind][key]) for m in metrics
+                      if m.get("eval", {}).get(kind, {}).get(key) is not None]
             if scores:
                 axis.plot(*zip(*scores), style, markersize=4, label=f"held out, {name}")
         for before, after in itertools.pairwise(steps):
