@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from curriculum import Batch, Curriculum, warn_if_blind
-from data import PROMPTS, TINY, Processor, Prompt, Record, check_records, load_records, range_fault, run_program
+from data import PROMPTS, TINY, Processor, Prompt, Record, T, check_records, load_records, range_fault, run_program
 from eval import (before_after, begun, claim, data_digest, judge, lock, plot_curves, read_json, response_lines,
                   mean, roll_out, summarize, sync, write_json, write_responses)
 from rewards import VERIFIER, Response, Rewards, group_rewards
@@ -134,9 +134,9 @@ def update(policy: Policy, groups: list[Group | None], responses: list[list[Resp
            lrs: list[float], cfg: Config, wanted: int = 0) -> dict[str, float]:
     """len(lrs) optimizer steps on one rollout, each on its share of the prompts -> statistics, means over the steps.
 
-    groups, responses: of all P prompts; None for a group that another rank has sampled. wanted: with --refill the
-    groups that are learned from, the first with a signal; without it all are. Raises FloatingPointError, on
-    all ranks and before the weights change, when the loss is not finite. A collective."""
+    groups, responses: of all P prompts; None for a group that another rank has sampled. wanted: with --refill so many
+    are learned from, the first with a signal. Raises FloatingPointError, on all ranks and before the weights change,
+    when the loss is not finite. A collective."""
     device, world = device_of(policy.model), rank_and_world()[1]
     parts: list[list[list[Packed]]] = []  # of each update this rank's micro-batches
     counts: list[tuple[int, int]] = []  # tokens and responses of an update on all ranks, the loss's denominators
@@ -286,15 +286,14 @@ def main(args: list[str] | None = None) -> None:
     run.begin(policy, curriculum, train, test)
     run.evaluate_if_due()
     rank, world = rank_and_world()
-    left = None  # all
-    if cfg.max_steps:  # (a refilled rollout that has begun goes on past it)
+    ahead = range(curriculum.position, len(curriculum))
+    if cfg.max_steps:
         left = max(0, cfg.max_steps - curriculum.position)
-        left += (cfg.refill - 1) * (left > 0)
-    ahead = range(len(curriculum))[curriculum.position:][:left]
+        ahead = ahead[:left + (cfg.refill - 1) * (left > 0)]  # (a refilled rollout that has begun goes on past it)
     shares = (curriculum.batches[k].records[rank::world] for k in ahead)  # (adaptive knows but the next two)
     coming = encode_ahead(policy.processor, shares, cfg.prompt)  # (prompts, made while the policy is at work)
     rollout = Rollout()
-    for batch in itertools.islice(curriculum, left):
+    for batch in itertools.islice(curriculum, len(ahead)):
         step = curriculum.position
 
         # 1. Sample G responses o_1 .. o_G to each of P prompts q, of which this rank takes its share.
@@ -946,9 +945,6 @@ def warn_first_rollout(metrics: dict[str, float], cfg: Config) -> None:
     if metrics["signal"] == 0:
         tqdm.write(f"warning: no group of the first rollout has a signal: {metrics['all_right']:.0%} are all right, "
                    f"{metrics['all_wrong']:.0%} all wrong. {NO_SIGNAL}")
-
-
-T = TypeVar("T")
 
 
 class Signals:
