@@ -161,7 +161,7 @@ def update(policy: Policy, groups: list[Group | None], responses: list[list[Resp
                 for row in micro:
                     row.old = [next(flat) for _ in row.responses]
 
-    total: dict[str, float] = {"updates": 0}
+    steps: list[dict[str, float]] = []  # statistics of each
     for micros, blank, (num_tokens, num_sequences), lr in zip(parts, blanks, counts, lrs):
         if not micros:
             continue  # no signal on any rank, no step: Adam's momentum alone would move the weights
@@ -200,12 +200,10 @@ def update(policy: Policy, groups: list[Group | None], responses: list[list[Resp
             group["lr"] = lr
         policy.optimizer.step()
         policy.optimizer.zero_grad()
-        total["updates"] += 1
-        scored, loss_value = sums.pop("scored").item(), sums.pop("loss").item()
-        means = {name: value.item() / scored for name, value in sums.items()}  # (num_tokens may count more)
-        means |= {"loss": loss_value, "grad_norm": norm.item(), "lr": lr}
-        total |= {name: total.get(name, 0.0) + value for name, value in means.items()}
-    return {name: value if name == "updates" else value / total["updates"] for name, value in total.items()}
+        scored, whole = sums.pop("scored").item(), {"loss": sums.pop("loss").item(), "grad_norm": norm.item(), "lr": lr}
+        steps.append({name: value.item() / scored for name, value in sums.items()} | whole)  # (num_tokens may be more)
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in (steps[0] if steps else ())}
+    return {"updates": len(steps)} | means
 
 
 def rows_of(part: np.ndarray, groups: list[Group | None], responses: list[list[Response]], rewards: Rewards,
