@@ -855,7 +855,8 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
                 raise ValueError(f"{benchmark} has no problem {' or '.join(map(repr, names)) or 'without an id'}; its "
                                  f"ids are such as {rows[0].id!r}")
             if "sampling" in line:  # our own responses.jsonl, which may hold more than was asked for
-                jobs.add(" ".join(str(line.get(key)) for key in ("benchmark", "prompt", "sampling", "pictures")))
+                told = [str(line[key]) for key in ("benchmark", "prompt", "sampling", "pictures") if key in line]
+                jobs.add(" ".join(told))
             found[meant.pop()].extend(responses)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             bad.append(f"line {place}: {error}")
