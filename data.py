@@ -225,17 +225,21 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def collate(self, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
-        """Prompts, padded on the left -> the model's inputs: input_ids, attention_mask, mm_token_type_ids [B, T];
-        pixel_values [N, D] and image_grid_thw [I, 3] when any row has pictures, in row order."""
+        """Prompts, padded on the left -> the model's inputs: input_ids, attention_mask, mm_token_type_ids [B, T], and
+        pictures_of them."""
         padded = partial(pad_sequence, batch_first=True, padding_side="left")
         ids = padded([p.ids for p in prompts], padding_value=self.pad_id)
         mask = padded([torch.ones_like(p.ids) for p in prompts])
         # Left out, mm_token_type_ids fails silently: image tokens would get the positions of text.
         batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == self.image_id).int()}
-        if pixels := [p.pixels for p in prompts if p.pixels is not None]:
-            batch["pixel_values"] = torch.cat(pixels)
-            batch["image_grid_thw"] = torch.cat([p.grid for p in prompts if p.grid is not None])
-        return batch
+        return batch | pictures_of(prompts)
+
+
+def pictures_of(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+    """pixel_values [N, D] and image_grid_thw [I, 3] of prompts in row order; {} where none has pictures."""
+    grids = [p.grid for p in prompts if p.grid is not None]
+    pixels = [p.pixels for p in prompts if p.pixels is not None]
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if grids else {}
 
 
 # --- problems of a run ------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
-from data import PROMPTS, QUIET, Processor, Prompt, Record, number, open_image, run_program
+from data import PROMPTS, QUIET, Processor, Prompt, Record, number, open_image, pictures_of, run_program
 
 if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -366,11 +366,7 @@ def pack(model: PreTrainedModel, processor: Processor, rows: list[Packed]) -> Pa
             before += [own[-1:], end + count[:-1]]
             end += len(response)
     inputs = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions, 1)[:, None]}
-    pictures = [(prompt.pixels, prompt.grid) for prompt in (row.prompt for row in rows)
-                if prompt.pixels is not None and prompt.grid is not None]
-    if pictures:
-        pixels, grids = zip(*pictures)
-        inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+    inputs |= pictures_of([row.prompt for row in rows])
     device = device_of(model)
     targets = torch.cat([torch.tensor(response) for row in rows for response in row.responses])
     return Packing({name: x.to(device) for name, x in inputs.items()}, Sequences.of(parts, device),
