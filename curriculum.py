@@ -232,8 +232,7 @@ class Curriculum:
                             which leaves all of them a chance (E2H-G, 2506.06632, with a wider bell)
         adaptive            no stages; problems are drawn by p (1 - p), p the running pass rate of their level
     In the last two any problem may come again, or never; in a batch each is once. stages: which to take; None for all.
-    epochs: so often are all of them walked through.
-    A new order: its stages in blocks_of, its order inside a stage here, its name in train.Config."""
+    epochs: walks through them. A new order: its stages in blocks_of, in a stage here, its name in train.Config."""
 
     def __init__(self, records: list[Record], batch_size: int, order: str = "ladder", stages: range | None = None,
                  seed: int = 0, epochs: int = 1):
@@ -265,12 +264,11 @@ class Curriculum:
 
     def draw(self, k: int) -> None:
         """Choose the problems of batch k anew."""
+        chance = self.running * (1 - self.running) + LEAST
         if self.order == "gaussian":
             mean = (LEVELS - 1) * k / max(1, len(self) - 1)
             bell = np.exp(-((np.arange(LEVELS) - mean) / BELL) ** 2 / 2)
             chance = bell / np.bincount(self.levels, minlength=LEVELS).clip(1)  # (of a level, however many it has)
-        else:
-            chance = self.running * (1 - self.running) + LEAST
         each = chance[self.levels]
         drawn = np.random.default_rng([self.seed, k]).choice(
             len(each), len(self.batches[k].records), replace=False, p=each / each.sum())
@@ -565,8 +563,7 @@ def measured_with(args: argparse.Namespace, records: list[Record]) -> dict:
     found = [read_json(file) for file in files if file.exists()]
     builds = [settings for settings in found if settings.get("program") == "curriculum.py"]
     for other in builds[1:]:
-        unlike = [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]
-        if unlike:
+        if unlike := [key for key in builds[0] if key not in ("data", *FREE) and builds[0][key] != other.get(key)]:
             raise ValueError(f"the files of --data were measured with different settings, {unlike[0]} "
                              f"{builds[0][unlike[0]]} and {other.get(unlike[0])}; measure them all alike")
     known = builds[0] if len(builds) == len(files) else {"model": "unknown in part" if builds else "unknown"}

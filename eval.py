@@ -547,17 +547,15 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     figure = Figure(figsize=(16, 6.5), layout="constrained")
     axes = figure.subplots(2, 4).ravel()
     for axis, (key, title) in zip(axes, panels):
-        points = [(m["step"], m[key]) for m in steps if key in m]
-        if points:
+        if points := [(m["step"], m[key]) for m in steps if key in m]:
             x, y = zip(*points)
             axis.plot(x, y, color="0.8", linewidth=0.8)
             window = max(1, len(y) // 20)
             smooth = [mean(y[max(0, i - window):i + window + 1]) for i in range(len(y))]
             axis.plot(x, smooth, color="C0", label="training, mean of neighbours")
         for kind, style, name in (("greedy", "o-C1", "greedy"), ("sampled", "o:C2", "temperature 1")):
-            scores = [(m["step"], m["eval"][kind][key]) for m in metrics
-                      if m.get("eval", {}).get(kind, {}).get(key) is not None]
-            if scores:
+            if scores := [(m["step"], m["eval"][kind][key]) for m in metrics
+                          if m.get("eval", {}).get(kind, {}).get(key) is not None]:
                 axis.plot(*zip(*scores), style, markersize=4, label=f"held out, {name}")
         for before, after in itertools.pairwise(steps):
             if before["stage"] != after["stage"]:
@@ -588,9 +586,8 @@ def begun(folder: Path, settings: dict, free: Iterable[str] = ()) -> bool:
     unknown = [key for key in settings.keys() - kept.keys() - set(free) if not key.startswith("data ")]
     if "program" not in kept or kept["program"] == settings["program"] and unknown:
         raise ValueError(f"{folder} holds a run of an older version of this code; take that, or give another --out")
-    changed = [f"  {key}: {kept.get(key)} there, {settings.get(key)} now" for key in kept | settings
-               if key not in free and kept.get(key) != settings.get(key)]
-    if changed:
+    if changed := [f"  {key}: {kept.get(key)} there, {settings.get(key)} now" for key in kept | settings
+                   if key not in free and kept.get(key) != settings.get(key)]:
         raise ValueError("\n".join([f"{folder} holds a run of other data or settings:", *changed,
                                     "give what it began with, or another --out"]))
     return True
@@ -940,7 +937,7 @@ def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dic
     """scores.json, responses.jsonl, responses.html, a table for VLMEvalKit of each job's first samples -> scores."""
     (out / "vlmevalkit").mkdir(exist_ok=True)
     scores, groups = [], []
-    given = {job.name: {r.record.id: r.accuracy for r in results} for job, results in done if not job.other}
+    given = {job.name: {r.record.id: r.accuracy for r in results} for job, results in done}
     for job, results in tqdm(done, desc="counting", disable=None):
         about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "pictures": job.pictures}
         scores.append(about | scores_of(job.benchmark, results))

@@ -731,8 +731,7 @@ class Run:
         step, steps = self.curriculum.position, len(self.curriculum)
         ends = step in (0, steps)
         if self.test and step not in self.evals and (ends or self.curriculum.batches[step - 1].ends_stage):
-            line = held_out(self.policy, self.test, self.cfg, self.folder / "held-out", step, ends, self.signals)
-            if line:
+            if line := held_out(self.policy, self.test, self.cfg, self.folder / "held-out", step, ends, self.signals):
                 rank, world = rank_and_world()
                 pictured = [each for each in zip(self.test, line["shown"]) if each[0].images]
                 line |= self.pictures_seen([self.told(*each) for each in pictured[:LOOKED_AT][rank::world]])
