@@ -45,8 +45,8 @@ import numpy as np
 from huggingface_hub import DatasetCardData
 from tqdm import tqdm
 
-from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, check_records, load_records, number, parsed,
-                  raise_or_skip, read_cells, run_program, save_records, told_apart)
+from data import (DATASETS, PROMPTS, SOURCES, TINY, Processor, Record, batches, check_records, load_records, number,
+                  parsed, raise_or_skip, read_cells, run_program, save_records, told_apart)
 from eval import (FREE, Result, begun, claim, data_digest, markdown, model_digest, read_json, render, roll_out,
                   section_of, vote, write_json, write_page)
 from rewards import answer_matches, gold_fault, parse_number
@@ -342,10 +342,11 @@ def write_review(records: list[Record], folder: Path, per_page: int = 200) -> No
     A review.csv that differs from what would be written was edited by a person: it is left as it is, and said so."""
     ranked = [(record, *majority(record)) for record in tqdm(records, "counting answers")]
     ranked.sort(key=lambda row: (-row[2], row[0].id))
-    pages = ["review.html", *(f"review-{n}.html" for n in range(2, -(-len(ranked) // per_page) + 1))]
-    for n, page in enumerate(tqdm(pages, "writing pages")):
+    chunks = list(batches(ranked, per_page))
+    pages = ["review.html", *(f"review-{n}.html" for n in range(2, len(chunks) + 1))]
+    for page, chunk in zip(tqdm(pages, "writing pages"), chunks):
         sections = []
-        for record, answer, votes in ranked[n * per_page:(n + 1) * per_page]:
+        for record, answer, votes in chunk:
             rollouts = record.meta["rollouts"]
             given = " | ".join("(none)" if r["answer"] is None else r["answer"] for r in rollouts)
             sections.append(section_of(record, f"{record.id} {record.source}", [
