@@ -727,14 +727,13 @@ def other_pictures(rows: list[Made], kind: str) -> list[Made]:
     that has others, of the same shape if there is one, as many in any case (`swapped`; who finds none is dropped)."""
     pictured = {i: row for i, row in enumerate(rows) if isinstance(row, Record) and row.images}
     shapes = {i: tuple(open_image(image, row.id).size for image in row.images) for i, row in pictured.items()}
+    looks = {i: [hashlib.sha256(stored(image)).digest() for image in row.images] for i, row in pictured.items()}
     found = list(rows)
-    if kind == "none":
-        for i, row in pictured.items():
+    for i, row in pictured.items():
+        if kind == "none":
             greys = [Image.new("RGB", size, (128, 128, 128)) for size in shapes[i]]
             found[i] = replace(row, images=tuple(map(stored, greys)))
-        return found
-    looks = {i: [hashlib.sha256(stored(image)).digest() for image in row.images] for i, row in pictured.items()}
-    for i, row in pictured.items():
+            continue
         fitting = [j for j in pictured if len(shapes[j]) == len(shapes[i]) and looks[j] != looks[i]]
         near = min(fitting, key=lambda j: (shapes[j] != shapes[i], j < i), default=None)
         found[i] = Dropped(row.id, "no other pictures", f"{row.id}: no other problem has {len(row.images)} pictures",
