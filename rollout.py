@@ -324,10 +324,9 @@ class Sequences:
     def of(cls, parts: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> Sequences:
         """parts: of each sequence the places of its queries and of its keys."""
         queries, keys = zip(*parts)
-        lengths_q, lengths_k = list(map(len, queries)), list(map(len, keys))
-        ends_q, ends_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths_q, lengths_k))
-        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), ends_q, ends_k, max(lengths_q),
-                   max(lengths_k))
+        ends_q, ends_k = (torch.tensor([0, *map(len, of)]).cumsum(0).int().to(device) for of in (queries, keys))
+        return cls(torch.cat(queries).to(device), torch.cat(keys).to(device), ends_q, ends_k, max(map(len, queries)),
+                   max(map(len, keys)))
 
 
 @dataclass
