@@ -238,7 +238,7 @@ class Curriculum:
                  seed: int = 0, epochs: int = 1):
         self.batches: list[Batch] = []
         self.order, self.seed = order, seed
-        seen: list[Record] = []
+        seen: dict[str, Record] = {}
         for epoch, (stage, block) in itertools.product(range(epochs), blocks_of(records, order, stages)):
             rng = np.random.default_rng([seed, 0 if stage is None else stage + 1, epoch])
             if order == "sorted":
@@ -246,10 +246,11 @@ class Curriculum:
             else:  # (a stage's shuffle does not depend on which other stages are taken)
                 block = shuffled(block, rng)
             if order == "review":
-                old = min(int(REVIEWED * len(block)), len(seen))
+                before = [record for record in seen.values() if record.stage != stage]
+                old = min(int(REVIEWED * len(block)), len(before))
                 new = block[:len(block) - old]
-                block = shuffled(new + shuffled(seen, rng)[:old], rng)
-                seen += new
+                block = shuffled(new + shuffled(before, rng)[:old], rng)
+                seen |= {record.id: record for record in new}
             parts = np.array_split(np.arange(len(block)), -(-len(block) // batch_size))
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
         self.records = [record for batch in self.batches for record in batch.records]
@@ -264,11 +265,12 @@ class Curriculum:
 
     def draw(self, k: int) -> None:
         """Choose the problems of batch k anew."""
-        chance = self.running * (1 - self.running) + LEAST
         if self.order == "gaussian":
             mean = (LEVELS - 1) * k / max(1, len(self) - 1)
             bell = np.exp(-((np.arange(LEVELS) - mean) / BELL) ** 2 / 2)
             chance = bell / np.bincount(self.levels, minlength=LEVELS).clip(1)  # (of a level, however many it has)
+        else:
+            chance = self.running * (1 - self.running) + LEAST
         each = chance[self.levels]
         drawn = np.random.default_rng([self.seed, k]).choice(
             len(each), len(self.batches[k].records), replace=False, p=each / each.sum())

@@ -783,8 +783,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
             raise ValueError(f"{label}: none of its {len(made)} problems can be used, such as {why}")
         for kind in kinds:
             if kind != "given":
-                rows[f"{label}-{kind}"] = other_pictures(made, kind)
-                order[f"{label}-{kind}"] = longest_first(rows[f"{label}-{kind}"], processor)
+                name = f"{label}-{kind}"
+                if name in rows:
+                    raise ValueError(f"--benchmark {name}: {label} with --pictures {kind} is called so; rename a file")
+                rows[name] = other_pictures(made, kind)
+                order[name] = longest_first(rows[name], processor)
     if args.responses:
         [(label, made)] = rows.items()
         read_responses(args.responses, label, made)  # refused before anything is written
