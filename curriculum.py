@@ -253,7 +253,7 @@ class Curriculum:
                 seen |= {record.id: record for record in new}
             parts = np.array_split(np.arange(len(block)), -(-len(block) // batch_size))
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
-        self.records = [record for batch in self.batches for record in batch.records]
+        self.records = list({record.id: record for batch in self.batches for record in batch.records}.values())
         self.position = 0  # batches already used
         self.began_as = self.digest()
         self.rates: list[list[float]] = []  # of the batches used (of adaptive): the pass rates of their problems
