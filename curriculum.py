@@ -442,7 +442,7 @@ def apply_review(records: list[Record], decisions: Decisions) -> list[Record]:
                                  "judged; give the corrections to the build that measured it")
             rollouts = [r | {"accuracy": float(r["answer"] is not None and answer_matches(r["answer"], fixed))}
                         for r in record.meta["rollouts"]]
-            record = with_rollouts(fixed, rollouts)
+            record = with_rollouts(replace(record, answer=fixed.answer, answer_type=fixed.answer_type), rollouts)
         if decision != "drop":
             reviewed.append(record)
     return reviewed

@@ -365,7 +365,7 @@ def test_one_schema_of_responses_for_training_and_evaluation(test_set, whole_run
                                       "--max-tokens", "60", "--out", str(tmp_path / "e")])
     eval.main()
     for file, own in ((whole_run / "responses.jsonl", {"step", "stage", "weight", "bonus", "reward", "advantage"}),
-                      (tmp_path / "e/responses.jsonl", {"benchmark", "prompt", "sampling", "images", "gold"})):
+                      (tmp_path / "e/responses.jsonl", {"benchmark", "prompt", "sampling", "pictures", "images", "gold"})):
         for line in map(json.loads, file.read_text().splitlines()):
             assert line.keys() == {*shared, *own} and [key for key in line if key in shared] == shared
             assert line["accuracy"] in (0.0, 1.0) and isinstance(line["response"], str)

@@ -156,9 +156,9 @@ def test_the_first_run_is_made_of_commands(command, monkeypatch):
     elif program == "curriculum.py":
         assert curriculum.parse_args().model == "Qwen/Qwen2.5-VL-3B-Instruct"
     elif program == "eval.py":
-        specs, prompts = evaluation.check_args(evaluation.parse_args())
+        specs, prompts, kinds = evaluation.check_args(evaluation.parse_args())
         known = {*data.BENCHMARKS, "raw/geo3k-test.parquet"}
-        assert {spec.partition("=")[0] for spec in specs} <= known and prompts == ["observe"]
+        assert {spec.partition("=")[0] for spec in specs} <= known and (prompts, kinds) == (["observe"], ["given"])
     else:
         read = []
         monkeypatch.setattr(data, "read_any", lambda *given: read.append(given) or [])
