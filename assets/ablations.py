@@ -358,8 +358,8 @@ def as_run(record: dict) -> Run:
         for sampling, summary in scores[end].items():
             summary["by_problem"] = {a["problem"]: a["accuracy"] for a in record["answers"]
                                      if a["step"] == step and a["sampling"] == sampling}
-    return training_run(Path(name_of(record["row"], record["seed"])), json.loads(record["settings"]), scores,
-                        record["steps"])
+    logged = [{name: value for name, value in step.items() if value is not None} for step in record["steps"]]
+    return training_run(Path(name_of(record["row"], record["seed"])), json.loads(record["settings"]), scores, logged)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

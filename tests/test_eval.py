@@ -364,8 +364,9 @@ def test_one_schema_of_responses_for_training_and_evaluation(test_set, whole_run
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(TOY / "model"), "--limit", "2", "--temperature", "0",
                                       "--max-tokens", "60", "--out", str(tmp_path / "e")])
     eval.main()
-    for file, own in ((whole_run / "responses.jsonl", {"step", "stage", "weight", "bonus", "reward", "advantage"}),
-                      (tmp_path / "e/responses.jsonl", {"benchmark", "prompt", "sampling", "pictures", "images", "gold"})):
+    trained = {"step", "stage", "weight", "bonus", "reward", "advantage"}
+    evaluated = {"benchmark", "prompt", "sampling", "pictures", "images", "gold"}
+    for file, own in ((whole_run / "responses.jsonl", trained), (tmp_path / "e/responses.jsonl", evaluated)):
         for line in map(json.loads, file.read_text().splitlines()):
             assert line.keys() == {*shared, *own} and [key for key in line if key in shared] == shared
             assert line["accuracy"] in (0.0, 1.0) and isinstance(line["response"], str)
