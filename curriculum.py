@@ -226,7 +226,7 @@ class Curriculum:
         ladder, reverse     stages easy to hard, or hard to easy; inside a stage a seeded shuffle
         sorted              by difficulty, then complexity, without mixing: a stage is a level
         random              all shuffled, no stages; the only one for unmeasured data
-        review              the ladder, where a quarter of each stage gives way to problems of the stages before it,
+        review              the ladder, where a quarter of each stage gives way to problems of those walked before,
                             against the forgetting of what was solved (2606.03087)
         gaussian            no stages; levels are drawn by a bell whose mean rises from the easiest to the hardest, and
                             which leaves all of them a chance (E2H-G, 2506.06632, with a wider bell)
@@ -255,13 +255,13 @@ class Curriculum:
             self.batches += [Batch(stage, [block[i] for i in part], part is parts[-1]) for part in parts]
         self.records = list({record.id: record for batch in self.batches for record in batch.records}.values())
         self.position = 0  # batches already used
-        self.began_as = self.digest()
         self.rates: list[list[float]] = []  # of the batches used (of adaptive): the pass rates of their problems
         self.running = 1 - np.arange(LEVELS) / (LEVELS - 1)  # [L] pass rate, at first as the levels were measured
         if order in DRAWN:
             self.levels = np.array([level_of(record) for record in self.records])
             for k in range(len(self)):  # (of adaptive all but two are drawn again, see learned)
                 self.draw(k)
+        self.began_as = self.digest()
 
     def draw(self, k: int) -> None:
         """Choose the problems of batch k anew."""
@@ -300,8 +300,8 @@ class Curriculum:
         del self.rates[self.position:]
 
     def digest(self) -> str:
-        """Changes with the choice of problems, their order and the batches (their content: eval.data_digest)."""
-        text = "\n".join(f"{b.stage} {r.id}" for b in self.batches for r in b.records)
+        """Changes with the choice of problems, their difficulty, order and batches (content: eval.data_digest)."""
+        text = "\n".join(f"{b.stage} {r.id} {r.difficulty}" for b in self.batches for r in b.records)
         return hashlib.sha256(f"{len(self)}\n{text}".encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict:

@@ -75,8 +75,12 @@ class Result:
 
     @property
     def problem(self) -> str:
-        """What is drawn together in an interval: MathVerse's versions of one problem, We-Math's steps of one."""
-        return str(self.record.meta.get("problem_index", self.record.meta.get("ID", self.record.id)))
+        return problem_of(self.record)
+
+
+def problem_of(row: Made) -> str:
+    """What is drawn together in an interval: MathVerse's versions of one problem, We-Math's steps of one."""
+    return str(row.meta.get("problem_index", row.meta.get("ID", row.id)))
 
 
 # --- answers of a model -----------------------------------------------------------------------------------------------
@@ -433,10 +437,11 @@ def parts_table(benchmark: str, runs: list[dict]) -> str:
 
     for kind, named in first["parts"].items():
         for name, part in named.items():
-            add(f"{kind}: {name}", part["problems"], [s["parts"][kind][name] for s in runs])
+            cells = [s["parts"].get(kind, {}).get(name, {"accuracy": None}) for s in runs]
+            add(f"{kind}: {name}", part["problems"], cells)
     if over := first.get("mean_over_parts"):
         add(f"mean over {over['parts']} {over['kind']} scores", first["problems"], [s["mean_over_parts"] for s in runs])
-    if four := first.get("four_way"):
+    if (four := first.get("four_way")) and all(s["four_way"] for s in runs):
         for name, key in itertools.product(("strict", "loose"), ("score", "CM", "IG", "IK", "RM", "RM_rate")):
             ways = [s["four_way"][name] for s in runs]  # (the interval is that of the score)
             add(f"{name} {key.replace('_', ' ')}", f"{four['ids']} IDs",
@@ -467,8 +472,9 @@ def unread_note(job: Job, results: list[Result]) -> str:
     else:
         advice = ("Try another --prompt (the question may ask for another form of answer), and look whether the model "
                   "is an instruct one that is asked in its own chat template.")
-    return (f"\n{job.benchmark}, {job.prompt}, {job.sampling}: {len(unread)} of {len(responses)} responses give no "
-            f"answer that can be read. They end: {', '.join(f'...{end!r}' for end in ends[:3]) or 'nowhere'}. {advice}")
+    return (f"\n{job.benchmark}, {job.prompt}, {job.sampling}{job.other}: {len(unread)} of {len(responses)} responses "
+            "give no answer that can be read. They end: "
+            f"{', '.join(f'...{end!r}' for end in ends[:3]) or 'nowhere'}. {advice}")
 
 
 # --- pages and curves -------------------------------------------------------------------------------------------------
@@ -527,7 +533,7 @@ def write_responses(groups: list[tuple[Record, list[dict]]], path: Path, limit: 
                          f"{r['bonus']:.1f}; advantage {r['advantage']:+.2f}"]
             notes += [] if r["tokens"] is None else [f"{r['tokens']} tokens"]
             blocks.append((kind, r["response"], "; ".join(notes)))
-        about = [f"{key} {first[key]}" for key in ("step", "stage", "benchmark", "prompt", "sampling")
+        about = [f"{key} {first[key]}" for key in ("step", "stage", "benchmark", "prompt", "sampling", "pictures")
                  if first.get(key) is not None]
         about += [f"weight {first['weight']:.2f}"] if "weight" in first else []
         sections.append(section_of(record, ", ".join([*about, f"problem {record.id}"]), blocks,
@@ -723,21 +729,37 @@ PICTURES = ("given", "none", "swapped")
 
 
 def other_pictures(rows: list[Made], kind: str) -> list[Made]:
-    """Is the picture used? Rows with grey pictures of the same size (kind `none`), or with those of the next problem
-    that has others, of the same shape if there is one, as many in any case (`swapped`; who finds none is dropped)."""
-    pictured = {i: row for i, row in enumerate(rows) if isinstance(row, Record) and row.images}
-    shapes = {i: tuple(open_image(image, row.id).size for image in row.images) for i, row in pictured.items()}
-    looks = {i: [hashlib.sha256(stored(image)).digest() for image in row.images] for i, row in pictured.items()}
-    found = list(rows)
-    for i, row in pictured.items():
+    """Is the picture used? The rows with pictures, and in their place grey ones of the same size (kind `none`) or those
+    of the next other problem, of the same shape if there is one, as many in any case (`swapped`; who finds none is left
+    out). Raises ValueError when no row is left."""
+    pictured = [row for row in rows if isinstance(row, Record) and row.images]
+    shapes, looks = [], []
+    alike: dict[Any, list[int]] = defaultdict(list)  # places of the rows with these shapes, and with so many pictures
+    for i, row in enumerate(pictured):
+        opened = [open_image(image, row.id) for image in row.images]
+        shapes.append(tuple(image.size for image in opened))
+        looks.append([hashlib.sha256(image.tobytes()).digest() for image in opened])
+        alike[shapes[i]].append(i)
+        alike[len(opened)].append(i)
+
+    def next_other(i: int, places: list[int]) -> int | None:
+        at = places.index(i)
+        return next((j for j in places[at + 1:] + places[:at]
+                     if looks[j] != looks[i] and problem_of(pictured[j]) != problem_of(pictured[i])), None)
+
+    found: list[Made] = []
+    for i, row in enumerate(pictured):
         if kind == "none":
             greys = [Image.new("RGB", size, (128, 128, 128)) for size in shapes[i]]
-            found[i] = replace(row, images=tuple(map(stored, greys)))
+            found.append(replace(row, images=tuple(map(stored, greys))))
             continue
-        fitting = [j for j in pictured if len(shapes[j]) == len(shapes[i]) and looks[j] != looks[i]]
-        near = min(fitting, key=lambda j: (shapes[j] != shapes[i], j < i), default=None)
-        found[i] = Dropped(row.id, "no other pictures", f"{row.id}: no other problem has {len(row.images)} pictures",
-                           meta=row.meta) if near is None else replace(row, images=pictured[near].images)
+        near = next_other(i, alike[shapes[i]])
+        near = next_other(i, alike[len(row.images)]) if near is None else near
+        if near is not None:
+            found.append(replace(row, images=pictured[near].images))
+    if not found:
+        raise ValueError(f"--pictures {kind}: of {len(rows)} problems none has pictures, or another's to take; give "
+                         "more problems, or leave it")
     return found
 
 
@@ -847,6 +869,8 @@ def read_responses(path: str, benchmark: str, rows: list[Made]) -> dict[str, lis
             line = parsed(line)
             names = [str(line[key]) for key in ANSWER_IDS if key in line]
             responses = read_response(line)
+            if line.get("pictures", "given") != "given":
+                raise ValueError(f"its pictures were {line['pictures']}, not {benchmark}'s; leave such lines out")
             meant = {known[name] for name in names if name in known}
             if len(meant) > 1:
                 raise ValueError(f"it is of two problems, {' and '.join(map(repr, names))}; leave one of its ids")
@@ -944,7 +968,7 @@ def write_results(out: Path, done: list[tuple[Job, list[Result]]], settings: dic
         about = {"benchmark": job.benchmark, "prompt": job.prompt, "sampling": job.sampling, "pictures": job.pictures}
         scores.append(about | scores_of(job.benchmark, results))
         if job.other and (base := given.get(job.name.removesuffix(job.other))):
-            change = {r.record.id: r.accuracy - base[r.record.id] for r in results}
+            change = {r.record.id: r.accuracy - base[r.record.id] for r in results}  # (of those that have pictures)
             scores[-1] |= {"against_given": mean(change.values()), "against_interval": interval([results], change)}
         usable = [(r.record, r.responses) for r in results if isinstance(r.record, Record) and r.responses]
         for record, responses in usable:

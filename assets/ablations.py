@@ -59,7 +59,7 @@ from compare import Run, cell, compare_runs, difference, over_seeds, training_ru
 from data import load_records, save_records  # noqa: E402
 from eval import PICTURES, markdown, other_pictures, read_json, tables, write_json  # noqa: E402
 from rewards import Response, group_rewards  # noqa: E402
-from train import as_kept, parse_config  # noqa: E402
+from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
@@ -168,20 +168,22 @@ def make_grey() -> None:
     save_records(str(GREY), other_pictures(load_records(str(TOY / "ladder")), "none"))
 
 
-SAME = ("model", "test", "prompt", "eval_samples", "max_response_tokens")  # what the starting model's answers hang on
+# What the starting model's answers hang on, beside the commit: the code, both models and the held-out files.
+SAME = ("model", "test", "prompt", "eval_samples", "max_response_tokens", "max_pixels")
 
 
 def answered_before(folder: Path, command: list) -> None:
     """Give a new run the starting model's answers, where another run has them: they are the same whatever the seed.
     It then goes on as one that was killed after them."""
-    settings = as_kept(parse_config([*map(str, command)]))
+    settings, commit = as_kept(parse_config([*map(str, command)])), environment()["commit"]
     for scores in sorted(OUT.glob("*/scores.json")):  # (of whole runs)
         theirs, answers = read_json(scores.parent / "settings.json"), scores.parent / "held-out"
-        if all(theirs.get(key) == settings[key] for key in SAME):
+        same = read_json(scores.parent / "environment.json")["commit"] == commit
+        if same and all(theirs.get(key) == settings[key] for key in SAME):
             (folder / "held-out").mkdir(parents=True)
+            write_json(folder / "settings.json", settings)
             for file in answers.glob("step000000-*.jsonl"):
                 shutil.copy(file, folder / "held-out")
-            write_json(folder / "settings.json", settings)
             return
 
 
@@ -203,7 +205,10 @@ def train(row: str, seed: int, threads: int) -> tuple[str, int]:
         if code or not (OUT / name / "scores.json").exists():
             sys.exit(f"{row}, seed {seed}, {'failed' if code else 'was stopped'}: see {OUT / name}.log")
     if row in LOOKED:
-        look(row, max((OUT / name).glob("checkpoint-*")), OUT / f"pictures-{name}", threads)
+        newest = max((OUT / name).glob("checkpoint-*"), default=None)
+        if newest is None:
+            sys.exit(f"{OUT / name} has no checkpoint left, which is to be asked; move it away, and start again")
+        look(row, newest, OUT / f"pictures-{name}", threads)
     return row, seed
 
 
@@ -287,7 +292,8 @@ def forget(row: str) -> None:
     if RUNS.exists():
         table = pq.read_table(RUNS)
         write_kept(table.filter(pa.array([name != row for name in table["row"].to_pylist()])))
-    for folder in OUT.glob(re.sub(r"\d+$", "*", name_of(row, 0))):  # (the log beside it too)
+    name = re.sub(r"\d+$", "*", name_of(row, 0))
+    for folder in [*OUT.glob(name), *OUT.glob(f"pictures-{name}")]:  # (the logs beside them too)
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
 
 
@@ -454,8 +460,23 @@ def turnover(runs: dict[str, list[dict]]) -> str:
         for low, high in PARTS.values():
             shares = [turned(*(greedy_at(record, step, low, high) for step in ends_of(record))) for record in runs[row]]
             line += [over_seeds([100 * share[kind] for share in shares]) for kind in TURNED]
+        base = runs.get("steep: Observe-R1 random" if row.startswith("steep: ") else "Observe-R1 random")
+        for part, kind in AGAINST_RANDOM:
+            both = [turned_problems(records, part, kind) for records in (runs[row], base or [])]
+            line.append(cell(difference(*both), "+") if base and base is not runs[row] else "-")
         table.append(line)
-    return markdown(["row", "seeds", *(f"{part}: {kind}, %" for part in PARTS for kind in TURNED)], table)
+    return markdown(["row", "seeds", *(f"{part}: {kind}, %" for part in PARTS for kind in TURNED),
+                     *(f"{part}: {kind}, against random order" for part, kind in AGAINST_RANDOM)], table)
+
+
+def turned_problems(records: list[dict], part: str, kind: str) -> list[dict]:
+    """Of each seed: which of a part's problems were newly solved, or newly lost; as compare.difference wants it."""
+    found = []
+    for record in records:
+        before, after = (greedy_at(record, step, *PARTS[part]) for step in ends_of(record))
+        was, now = (False, True) if kind == "newly solved" else (True, False)
+        found.append({p: (p, float(before[p] is was and after[p] is now)) for p in before})
+    return found
 
 
 def ends_of(record: dict) -> tuple[int, int]:
@@ -470,6 +491,7 @@ def greedy_at(record: dict, step: int, low: float = 0, high: float = 1) -> dict[
 
 
 TURNED = ("newly solved", "newly lost", "kept")
+AGAINST_RANDOM = (("easy (0 - .25)", "newly lost"), ("hard (.75 - 1)", "newly solved"))
 
 
 def turned(then: dict[str, bool], now: dict[str, bool]) -> dict[str, float]:
@@ -519,12 +541,17 @@ def picture_use(runs: dict[str, list[dict]]) -> str:
         for end in ("before", "after"):
             line = [row, str(len(runs[row])), end, cell(difference(seen[end, "given"], []))]
             for kind in PICTURES[1:]:
-                lost = difference(seen[end, "given"], seen[end, kind])
-                line += [cell(difference(seen[end, kind], [])), cell(lost, "+")]
+                lost = [minus(given, other) for given, other in zip(seen[end, "given"], seen[end, kind])]
+                line += [cell(difference(seen[end, kind], [])), cell(difference(lost, []), "+")]
             table.append(line)
         gains = [cell(difference(seen["after", kind], seen["before", kind]), "+") for kind in PICTURES]
         table.append([row, str(len(runs[row])), "added by training", gains[0], gains[1], "", gains[2], ""])
     return markdown(["row", "seeds", "", "given, %", "none, %", "given - none", "swapped, %", "given - swapped"], table)
+
+
+def minus(run: dict, other: dict) -> dict:
+    """What one checkpoint's answers lose, problem by problem."""
+    return {problem: (problem, accuracy - other[problem][1]) for problem, (_, accuracy) in run.items()}
 
 
 def seen_with(records: list[dict], end: str, kind: str) -> list[dict]:
@@ -544,15 +571,17 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
     parts += ["## levels", "Held-out accuracy after training, by difficulty; means over seeds, with their standard "
               "error.", by_difficulty(runs)]
     parts += ["## stages", "Greedy accuracy on the way, of the held-out problems that are answered at each stage's "
-              "end, mean over seeds.", *(by_stage(row, runs[row]) for row in STAGES)]
+              "end, mean over seeds.",
+              *(by_stage(row, runs[row]) for row in STAGES if runs[row])]
     parts += ["## turnover", "Of the held-out problems, by greedy answers: newly solved, newly lost and kept (right at "
               "both times); means over seeds, with their standard error. First from before training to after, then "
               "from one stage's end to the next.", turnover(runs),
               *(turnover_by_stage(row, runs[row]) for row in STAGED if runs[row])]
     parts += ["## pictures", "Greedy accuracy with the pictures given, none (grey, of the same size) and swapped "
               "(another problem's of the same shape).", picture_use(runs)]
-    parts += ["## mechanisms", "What weight and bonus do to the advantages A of a group, by its right answers.",
-              mechanisms(runs)]
+    if any(runs[row] for row in FIRST):
+        parts += ["## mechanisms", "What weight and bonus do to the advantages A of a group, by its right answers.",
+                  mechanisms(runs)]
     if pictures:
         draw_turnover(runs, pictures / "turnover.png")
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -172,7 +172,8 @@ def by_setting(runs: list[Run]) -> list[list[Run]]:
         group = groups.setdefault(json.dumps(run.settings, sort_keys=True), [])
         if twin := next((other for other in group if other.seed == run.seed), None):
             raise ValueError(f"{twin.folder} and {run.folder} are of the same settings and seed (memory and speed do "
-                             "not count); give one of them: a run counted twice would make its interval too small")
+                             "not count, nor which benchmarks and pictures were asked for: ask for all of them in one "
+                             "evaluation); give one of them: a run counted twice would make its interval too small")
         group.append(run)
     return list(groups.values())
 

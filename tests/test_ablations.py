@@ -127,11 +127,12 @@ def test_a_row_is_made_anew_when_its_runs_are_forgotten(elsewhere, finished_run)
     for row in ("Observe-R1", "Observe-R1 random"):
         shutil.copytree(finished_run, elsewhere / "out" / ablations.name_of(row, 3))
         (elsewhere / "out" / f"{ablations.name_of(row, 3)}.log").write_text("")
+        (elsewhere / "out" / f"pictures-{ablations.name_of(row, 3)}").mkdir()
         ablations.keep(row, 3)
     ablations.forget("Observe-R1")
     assert ablations.finished() == {("Observe-R1 random", 3)}
     assert sorted(path.name for path in (elsewhere / "out").iterdir()) == [
-        "Observe-R1-random-seed3", "Observe-R1-random-seed3.log"]
+        "Observe-R1-random-seed3", "Observe-R1-random-seed3.log", "pictures-Observe-R1-random-seed3"]
 
 
 @pytest.mark.run
@@ -173,7 +174,6 @@ def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
     assert ablations.by_difficulty(runs) in section("levels")
     for row in ablations.STAGES:
         assert ablations.by_stage(row, runs[row]) in section("stages")
-    assert ablations.turnover(runs) in section("turnover")
     monkeypatch.setattr(compare, "difference", partial(compare.difference, draws=2))
     monkeypatch.setattr(ablations, "run", None)
     monkeypatch.setattr(ablations, "load_runs", lambda seeds: runs)
@@ -200,8 +200,10 @@ def test_turnover_by_hand(monkeypatch):
                {"answers": [*answers_of(0, "a"), *answers_of(5, "a", "b"), *answers_of(9, "b", "c")]}]
     monkeypatch.setattr(ablations, "ROWS", {"x": ""})
     monkeypatch.setattr(ablations, "PARTS", {"easy": (0, .25), "hard": (.75, 1)})
-    header, _, row = cells(ablations.turnover({"x": records}))
+    monkeypatch.setattr(ablations, "AGAINST_RANDOM", (("easy", "newly lost"),))
+    header, _, row, *_ = cells(ablations.turnover({"x": records, "Observe-R1 random": records[1:]}))
     told = dict(zip(header, row))
+    assert told.pop("easy: newly lost, against random order").startswith("-25.0 [")  # a quarter, against a half
     assert told == {
         "row": "x", "seeds": "2", "easy: newly solved, %": "25.0 ± 25.0", "easy: newly lost, %": "25.0 ± 25.0",
         "easy: kept, %": "50.0 ± 50.0", "hard: newly solved, %": "50.0 ± 0.0", "hard: newly lost, %": "0.0 ± 0.0",

@@ -703,6 +703,15 @@ def test_a_batch_of_adaptive_that_is_given_back_is_not_learned_from(ladder):
 
 
 @pytest.mark.parametrize("order", ["gaussian", "adaptive"])
+def test_drawn_orders_of_problems_measured_anew_are_not_gone_on_with(ladder, order):
+    """Same problems, other difficulties: the batches that were used would be said to be others."""
+    state = Curriculum(ladder, 16, order).state_dict()
+    anew = [replace(r, difficulty=1 - r.difficulty) for r in ladder]
+    with pytest.raises(ValueError, match="changed since the checkpoint"):
+        Curriculum(anew, 16, order).load_state_dict(state)
+
+
+@pytest.mark.parametrize("order", ["gaussian", "adaptive"])
 def test_drawn_orders_know_no_stages_and_want_measured_data(ladder, order):
     with pytest.raises(ValueError, match=f"--order {order} knows no stages"):
         Curriculum(ladder, 16, order, stages=range(2))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -251,12 +252,12 @@ def test_sections_are_counted(processor):
 
 
 def test_grey_pictures_have_the_size_of_those_given(test_set):
-    """Of another size the prompt would have other tokens, and the difference not be the picture's."""
-    rows = [*test_set[:6], replace(test_set[6], images=test_set[6].images * 2), replace(test_set[7], images=()),
+    """Of another size the prompt would have other tokens, and the difference not be the picture's. Rows without a
+    picture, which would be answered as before, and rows that cannot be used are no part of it."""
+    rows = [replace(test_set[7], images=()), *test_set[:6], replace(test_set[6], images=test_set[6].images * 2),
             Dropped("x", "null gold", "no gold")]
-    for row, other in zip(rows, other_pictures(rows, "none"), strict=True):
-        assert row.id == other.id and len(row.images) == len(other.images)
-        assert isinstance(row, Dropped) or replace(other, images=()) == replace(row, images=())
+    for row, other in zip(rows[1:-1], other_pictures(rows, "none"), strict=True):
+        assert replace(other, images=()) == replace(row, images=()) and len(row.images) == len(other.images)
         for image, grey in zip(row.images, other.images):
             grey = open_image(grey, "grey")
             assert grey.size == open_image(image, "given").size
@@ -265,24 +266,58 @@ def test_grey_pictures_have_the_size_of_those_given(test_set):
 
 def test_swapped_pictures_are_another_problems_of_the_same_shape(test_set):
     """One's own picture again, which several rows of a benchmark share, would be no control."""
-    def shape(row) -> list[tuple[int, int]]:
-        return [open_image(image, row.id).size for image in row.images]
-
     twin = replace(test_set[0], id="twin")
     rows = [test_set[0], twin, *test_set[1:60], Dropped("x", "null gold", "no gold")]
-    found = other_pictures(rows, "swapped")
-    shapes = [shape(row) for row in rows]
+    shapes = {row.images: [open_image(image, row.id).size for image in row.images] for row in rows[:-1]}
     alone = 0
-    for row, other, own in zip(rows[:-1], found[:-1], shapes, strict=False):
+    for row, other in zip(rows[:-1], other_pictures(rows, "swapped"), strict=True):
         assert replace(other, images=()) == replace(row, images=()) and other.images != row.images
-        assert len(other.images) == len(row.images)
-        theirs = {images for images in (r.images for r, size in zip(rows, shapes) if size == own)} - {row.images}
+        theirs = {images for images, shape in shapes.items() if shape == shapes[row.images]} - {row.images}
         alone += not theirs
-        assert other.images in theirs if theirs else True
-    assert alone < 8 and found[-1] == rows[-1]
+        assert other.images in theirs if theirs else len(other.images) == 1
+    assert alone < 8
     two = replace(test_set[3], id="two", images=test_set[3].images * 2)
-    [dropped] = [row for row in other_pictures([*rows, two], "swapped") if row.id == "two"]
-    assert isinstance(dropped, Dropped) and "no other problem has 2 pictures" in dropped.detail
+    assert "two" not in [row.id for row in other_pictures([*rows, two], "swapped")], "nobody else has two pictures"
+
+
+def test_versions_of_a_problem_do_not_swap_their_pictures(test_set):
+    """MathVerse shows a problem in up to six versions, of alike pictures; the same pixels may be stored otherwise."""
+    def row(index: int, problem: str, colour: tuple, format: str = "PNG") -> Record:
+        buffer = io.BytesIO()
+        Image.new("RGB", (56, 28), colour).save(buffer, format)
+        return replace(test_set[0], id=f"v{index}", images=(buffer.getvalue(),), meta={"problem_index": problem})
+
+    red, blue = (200, 0, 0), (0, 0, 200)
+    rows = [row(0, "a", red), row(1, "a", blue), row(2, "a", (0, 200, 0)), row(3, "b", red, "BMP"),
+            row(4, "b", (9, 9, 0))]
+    found = other_pictures(rows, "swapped")
+    owner = {r.images: r for r in rows}
+    for one, other in zip(rows, found, strict=True):
+        theirs = owner[other.images]
+        assert theirs.meta != one.meta
+        assert list(open_image(theirs.images[0], "").getcolors()) != list(open_image(one.images[0], "").getcolors())
+    with pytest.raises(ValueError, match="--pictures swapped: of 3 problems none has pictures, or another's to take"):
+        other_pictures(rows[:3], "swapped")
+    with pytest.raises(ValueError, match="--pictures none: of 1 problems none has pictures"):
+        other_pictures([replace(rows[0], images=())], "none")
+
+
+@pytest.mark.run
+def test_problems_without_another_picture_count_on_neither_side(tmp_path, monkeypatch, capsys, test_set):
+    """Left out, or answered as before, they would be losses, or nulls, that no picture has made; and a part of the
+    benchmark that only they are of is no part of the others."""
+    two = replace(test_set[3], id="two", images=test_set[3].images * 2, source="alone", difficulty=.5)
+    save_records(str(tmp_path / "some.parquet"), [*test_set[:6], two, replace(test_set[7], images=())])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--benchmark", f"{tmp_path}/some.parquet", "--model", f"{TOY}/model",
+                                      "--pictures", "given,swapped", "--temperature", "0", "--out", f"{tmp_path}/out"])
+    eval.main()
+    given, swapped = json.loads((tmp_path / "out/scores.json").read_text())["scores"]
+    assert given["by_problem"].keys() - swapped["by_problem"].keys() == {"two", test_set[7].id}
+    assert (given["problems"], swapped["problems"]) == (8, 6)
+    changes = [right - given["by_problem"][key] for key, right in swapped["by_problem"].items()]
+    assert swapped["against_given"] == pytest.approx(np.mean(changes))
+    assert re.search(r"source: alone *\| 1 *\| [\d.]+ *\| - ", capsys.readouterr().out)
+    assert "swapped" in (tmp_path / "out/responses.html").read_text()
 
 
 @pytest.mark.run
@@ -314,7 +349,7 @@ def test_pictures_side_by_side(tmp_path, monkeypatch, capsys, test_set, processo
     assert set(runs[0].problems) == {"some, greedy", "some, greedy, pictures none", "some, greedy, pictures swapped"}
     monkeypatch.setattr(sys, "argv", ["eval.py", *options.split()[:-1], f"{tmp_path}/again", "--responses",
                                       f"{tmp_path}/three/responses.jsonl"])
-    with pytest.raises(SystemExit, match="leave the lines of one"):
+    with pytest.raises(SystemExit, match="its pictures were none, not some's; leave such lines out"):
         run_program(eval.main)
 
 
