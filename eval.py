@@ -5,6 +5,7 @@
     summarize      accuracy, format, observation accuracy, length: overall and by difficulty level
     scores_of      all that is told of a benchmark: its published sub-scores, avg@k, maj@k, pass@k, intervals
     before_after   the table that closes a run; tables: the one that closes an evaluation
+    other_pictures is the picture used? the same problems with grey pictures, or with another problem's
     claim          whose folder a run is: train.py, curriculum.py and this file go on in their own, and in no other
     plot_curves    metrics.jsonl -> curves.png;  write_page: responses -> one HTML file, pictures inside
 

@@ -12,12 +12,13 @@ from conftest import ROOT
 
 # In the order of imports: each file takes from those before it only. Lines in all and above the fold, at most. (The
 # plan of the house wants 620, 960, 640, 700, 600, 760 lines and 40,000 tokens. The caps are to go down; they went up
-# three times: by 6% when the judge learned to read answers as people write them, tests/answers.jsonl, by 9% when
-# data.py learned to read, or to refuse by name, what people bring, tests/test_loading.py, and by 4% for what forks ask
-# for: LoRA, refill, GSPO, the sentinel, tests/test_forks.py. Above the fold they held.)
-HOUSE = {"rewards": (1015, 280), "data": (1522, 350), "rollout": (849, 420), "eval": (970, 280),
-         "curriculum": (669, 292), "train": (1158, 380)}
-LINES, ABOVE, TOKENS, README = 6183, 2000, 55_950, 16_000
+# four times: by 6% when the judge learned to read answers as people write them, tests/answers.jsonl, by 9% when
+# data.py learned to read, or to refuse by name, what people bring, tests/test_loading.py, by 4% for what forks ask for:
+# LoRA, refill, GSPO, the sentinel, tests/test_forks.py, and by 2% for three orders, a coin, and the question whether the
+# picture is used. Above the fold they held, but in curriculum.py, for the orders.)
+HOUSE = {"rewards": (1015, 280), "data": (1526, 350), "rollout": (844, 420), "eval": (1053, 280),
+         "curriculum": (726, 320), "train": (1154, 380)}
+LINES, ABOVE, TOKENS, README = 6318, 2000, 57_500, 16_400
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
