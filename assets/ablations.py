@@ -6,8 +6,10 @@
 
 One change a row, the same 1,899 problems and 8 responses to each, the same 1,000 held-out problems of handwriting
 never seen in training (the 300 of the built-in world are too few to tell rows apart). What a referee would ask next is
-in SECOND, rows of the second world among them; what they are to show was noted before, in ablations/plan.md. It may be stopped and started
-again (one at a time): a finished run is not done again, a begun one goes on. Whole runs lie in out/ablations.
+in SECOND, rows of the second world among them; what they are to show was noted before, in ablations/plan.md.
+
+It may be stopped and started again (one at a time): a finished run is not done again, a begun one goes on. Whole runs
+lie in out/ablations.
 
 What the tables are made of is kept in assets/ablations/runs.parquet, a record a run:
 
