@@ -181,7 +181,7 @@ def test_tables_follow_from_the_kept_runs(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ablations.py", "--tables"])
     ablations.main()
     made = (tmp_path / "tables.md").read_text()
-    drawn = re.compile(r" \[.*?\]|-{3,}| {2,}")
+    drawn = re.compile(r" \[.*?\]|-{3,}| +(?=\|)")
     assert drawn.sub("", made) == drawn.sub("", kept) and made in capsys.readouterr().out
     for name in ("build-up.png", "turnover.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
