@@ -74,7 +74,7 @@ CASES = {
         "sample_groups.seed": 2, "steps": 2, "lr": pytest.approx((.775e-4, .325e-4)),
         "grpo_loss.num_tokens": (36, 18), "grpo_loss.num_sequences": (6, 3), "response_logprobs.rows": (1, 2, 1),
         "roll_out.name": ("step000002-greedy", "step000002-sampled"), "roll_out.temperature": (0, 1),
-        "roll_out.samples": (1, 4), "save_checkpoint.step": 2, "encode_ahead.batches": 1}, first="--max-steps 1"),
+        "roll_out.samples": (1, 4), "save_checkpoint.step": 2}, first="--max-steps 1"),
     "skip_bad": Case("--skip-bad", {"load_records.skip_bad": True, "check_records.skip_bad": True}),
     "limit": Case("--limit 6", {  # of each batch three problems, and so of its second update none with a signal
         "check_records.records": (6, 2), "Curriculum.records": 6, "sample_groups.records": 3,
@@ -83,7 +83,7 @@ CASES = {
         "batches": ANY}),
     "epochs": Case("--epochs 2", {
         "Curriculum.epochs": 2, "batches": ANY, "steps": 8, "sample_groups.seed": (1, 2, 3, 4),
-        "encode_ahead.batches": 4, "grpo_loss.num_tokens": (36, 18) * 4, "grpo_loss.num_sequences": (6, 3) * 4,
+        "grpo_loss.num_tokens": (36, 18) * 4, "grpo_loss.num_sequences": (6, 3) * 4,
         "response_logprobs.rows": (1, 2) * 4 + (1,), "save_checkpoint.step": (1, 2, 3, 4), "checkpoints": [1, 3, 4],
         "roll_out.name": ANY, "lr": ANY}),
     "refill": Case("--refill 2", {"group_rewards.responses": (2, 4, 2, 4), "lr": ANY}, "--prompts-per-rollout 2"),
@@ -145,7 +145,7 @@ CASES = {
         "sample_groups.seed": 1, "steps": 2, "lr": 1e-4, "grpo_loss.num_tokens": (36, 18),
         "grpo_loss.num_sequences": (6, 3), "response_logprobs.rows": (1, 2, 1), "roll_out.temperature": (0, 1, 0),
         "roll_out.name": ("step000000-greedy", "step000000-sampled", "step000001-greedy"),
-        "roll_out.samples": (1, 4, 1), "save_checkpoint.step": 1, "checkpoints": [1], "encode_ahead.batches": 1,
+        "roll_out.samples": (1, 4, 1), "save_checkpoint.step": 1, "checkpoints": [1],
         "files": ANY}),  # (no scores.json)
     "tracker": Case("--tracker tensorboard", {"Accelerator.log_with": "tensorboard", "tracked": [1, 2]}),
     "seed": Case("--seed 3", {"Curriculum.seed": 3, "load_trainer.seed": 3,
