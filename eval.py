@@ -60,6 +60,7 @@ from rollout import (Group, encode_ahead, gather_shares, load_to_sample, on_rank
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 TOY = ASSETS / "toy/test.parquet"
+PICTURES = ("given", "none", "swapped")  # kinds, see other_pictures
 
 
 @dataclass(frozen=True)
@@ -726,9 +727,6 @@ def label_of(spec: str) -> str:
     return folder if stem == "measured" else f"{folder}-{stem}" if stem in ("toy", *BENCHMARKS) else stem
 
 
-PICTURES = ("given", "none", "swapped")
-
-
 def other_pictures(rows: list[Made], kind: str) -> list[Made]:
     """Is the picture used? The rows with pictures, and in their place grey ones of the same size (kind `none`) or those
     of the next other problem, of the same shape if there is one, as many in any case (`swapped`; who finds none is left
@@ -810,7 +808,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, list[Made]], dict[str, 
                 if name in rows:
                     raise ValueError(f"--benchmark {name}: {label} with --pictures {kind} is called so; rename a file")
                 rows[name] = other_pictures(made, kind)
-                order[name] = longest_first(rows[name], processor)
+                places = {row.id: i for i, row in enumerate(rows[name])}  # (encoded once, as they were given)
+                order[name] = [places[made[i].id] for i in order[label] if made[i].id in places]
     if args.responses:
         [(label, made)] = rows.items()
         read_responses(args.responses, label, made)  # refused before anything is written
@@ -1031,16 +1030,17 @@ def main() -> None:
     load = cache(lambda: load_to_sample(args.model, args.max_pixels))
     done: list[tuple[Job, list[Result]]] = []
     for job in jobs:
-        made: list[Any] = rows[job.benchmark + job.other]
+        shown = job.benchmark + job.other
+        made: list[Any] = rows[shown]
         if args.responses:
             if rank_and_world()[0] == 0:
                 processor = Processor(args.model) if args.model else None
                 done.append((job, given(job, made, args.responses, processor)))
             continue
-        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[job.benchmark + job.other]], load,
+        answered = roll_out(args.out / "rollouts", job.name, [made[i] for i in order[shown]], load,
                             max_rows=args.rows, samples=job.samples, style=job.prompt, temperature=job.temperature,
                             max_tokens=args.max_tokens or (160 if job.benchmark == "toy" else 1024), seed=args.seed)
-        by_place = dict(zip(order[job.benchmark + job.other], answered))
+        by_place = dict(zip(order[shown], answered))
         done.append((job, [by_place.get(i) or Result(row, []) for i, row in enumerate(made)]))
     if rank_and_world()[0] == 0:
         scores = write_results(args.out, done, read_json(args.out / "settings.json"))

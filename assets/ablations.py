@@ -460,26 +460,21 @@ def turnover(runs: dict[str, list[dict]]) -> str:
     table = []
     for row in (row for row in ROWS if runs[row]):
         line = [row, str(len(runs[row]))]
-        for low, high in PARTS.values():
-            shares = [turned(*(greedy_at(record, step, low, high) for step in ends_of(record))) for record in runs[row]]
-            line += [over_seeds([100 * share[kind] for share in shares]) for kind in TURNED]
+        for part, kind in itertools.product(PARTS, TURNED):
+            line.append(over_seeds(in_percent([turned_in(record, part, kind) for record in runs[row]])))
         base = runs.get("steep: Observe-R1 random" if row.startswith("steep: ") else "Observe-R1 random")
         for part, kind in AGAINST_RANDOM:
-            both = [turned_problems(records, part, kind) for records in (runs[row], base or [])]
+            both = [[{problem: (problem, float(held)) for problem, held in turned_in(record, part, kind).items()}
+                     for record in records] for records in (runs[row], base or [])]
             line.append(cell(difference(*both), "+") if base and base is not runs[row] else "-")
         table.append(line)
     return markdown(["row", "seeds", *(f"{part}: {kind}, %" for part in PARTS for kind in TURNED),
                      *(f"{part}: {kind}, against random order" for part, kind in AGAINST_RANDOM)], table)
 
 
-def turned_problems(records: list[dict], part: str, kind: str) -> list[dict]:
-    """Of each seed: which of a part's problems were newly solved, or newly lost; as compare.difference wants it."""
-    found = []
-    for record in records:
-        before, after = (greedy_at(record, step, *PARTS[part]) for step in ends_of(record))
-        was, now = (False, True) if kind == "newly solved" else (True, False)
-        found.append({p: (p, float(before[p] is was and after[p] is now)) for p in before})
-    return found
+def turned_in(record: dict, part: str, kind: str) -> dict[str, bool]:
+    """Which held-out problems of a part were newly solved, newly lost or kept by a run's training."""
+    return turned(*(greedy_at(record, step, *PARTS[part]) for step in ends_of(record)), kind)
 
 
 def ends_of(record: dict) -> tuple[int, int]:
@@ -493,15 +488,17 @@ def greedy_at(record: dict, step: int, low: float = 0, high: float = 1) -> dict[
             if answer["step"] == step and answer["sampling"] == "greedy" and low <= answer["difficulty"] <= high}
 
 
-TURNED = ("newly solved", "newly lost", "kept")
+TURNED = {"newly solved": (False, True), "newly lost": (True, False), "kept": (True, True)}  # right then, and now
 AGAINST_RANDOM = (("easy (0 - .25)", "newly lost"), ("hard (.75 - 1)", "newly solved"))
 
 
-def turned(then: dict[str, bool], now: dict[str, bool]) -> dict[str, float]:
-    """Shares of the problems that both have."""
-    both = [(then[problem], now[problem]) for problem in then if problem in now]
-    kinds = ([not a and b for a, b in both], [a and not b for a, b in both], [a and b for a, b in both])
-    return {name: float(np.mean(held)) for name, held in zip(TURNED, kinds)}
+def turned(then: dict[str, bool], now: dict[str, bool], kind: str) -> dict[str, bool]:
+    """Which of the problems that both have."""
+    return {problem: (then[problem], now[problem]) == TURNED[kind] for problem in then if problem in now}
+
+
+def in_percent(sets: list[dict[str, bool]]) -> list[float]:
+    return [100 * np.mean(list(each.values())) for each in sets]
 
 
 def turnover_by_stage(row: str, records: list[dict]) -> str:
@@ -510,8 +507,11 @@ def turnover_by_stage(row: str, records: list[dict]) -> str:
     asked = set.intersection(*(set(greedy_at(records[0], step)) for step in steps))
     table = []
     for then, now in itertools.pairwise(steps):
-        shares = [turned(greedy_at(record, then), greedy_at(record, now)) for record in records]
-        table.append([f"{then} to {now}", *(over_seeds([100 * share[kind] for share in shares]) for kind in TURNED)])
+        line = [f"{then} to {now}"]
+        for kind in TURNED:
+            sets = [turned(greedy_at(record, then), greedy_at(record, now), kind) for record in records]
+            line.append(over_seeds(in_percent(sets)))
+        table.append(line)
     return markdown([f"{row}, rollouts ({len(asked)} problems)", *(f"{kind}, %" for kind in TURNED)], table)
 
 
@@ -520,10 +520,9 @@ def draw_turnover(runs: dict[str, list[dict]], path: Path) -> None:
     rows = [row for row in ROWS if runs[row]]
     figure = Figure(figsize=(12, 1.5 + .3 * len(rows)), layout="constrained")
     for axis, part in zip(figure.subplots(1, 2, sharey=True), (part for part in PARTS if part != "middle")):
-        low, high = PARTS[part]
         for y, row in enumerate(rows):
-            shares = [turned(*(greedy_at(record, step, low, high) for step in ends_of(record))) for record in runs[row]]
-            solved, lost = (100 * np.mean([share[kind] for share in shares]) for kind in TURNED[:2])
+            solved, lost = (np.mean(in_percent([turned_in(record, part, kind) for record in runs[row]]))
+                            for kind in ("newly solved", "newly lost"))
             axis.barh(y, solved, color="C0", label=None if y else "newly solved")
             axis.barh(y, -lost, color="C3", label=None if y else "newly lost")
         axis.set(yticks=range(len(rows)), ylim=(len(rows) - .5, -.5), xlabel="% of the held-out problems of this part")

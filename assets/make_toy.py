@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +306,7 @@ class World:
     families: tuple[str, ...] = FAMILIES  # of the problems that are measured and held out; the cold start shows all
 
 
+IMPATIENT = Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05, describe=True)
 WORLDS = {
     # First to read, then to reason, with care; then the usual manner.
     "toy": World((("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
@@ -313,9 +314,8 @@ WORLDS = {
                   ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))),
                  (0.6, 0.25, 0.15), seed=0, problems=5800, held_out=300),
     # To describe in <think> too, with care; then impatient, ever more so, and with slips that add up over many digits.
-    "steep": World((("problems", 400, Manner(describe=True)), *(
-        ("problems", steps, Manner(careful=0, patience=patience, skip=0.10, forget=0.08, misread=0.05, slip=0.05,
-                                   describe=True)) for steps, patience in ((250, 0.35), (150, 0.2)))),
+    "steep": World((("problems", 400, Manner(describe=True)), ("problems", 250, IMPATIENT),
+                    ("problems", 150, replace(IMPATIENT, patience=0.2))),
                    (0.45, 0.45, 0.1), seed=100, problems=2400, held_out=500, size=1200, start="assets/toy/model",
                    families=("sum", "colour", "bars")),
 }
