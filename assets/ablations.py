@@ -179,7 +179,9 @@ def answered_before(folder: Path, command: list) -> None:
     """Give a new run the starting model's answers, where another run has them: they are the same whatever the seed.
     It then goes on as one that was killed after them."""
     settings, commit = as_kept(parse_config([*map(str, command)])), environment()["commit"]
-    for scores in sorted(OUT.glob("*/scores.json")):  # (of whole runs)
+    for scores in sorted(OUT.glob("*/scores.json")):
+        if not (scores.parent / "environment.json").exists():
+            continue  # a look's, not a whole run's
         theirs, answers = read_json(scores.parent / "settings.json"), scores.parent / "held-out"
         same = read_json(scores.parent / "environment.json")["commit"] == commit
         if same and all(theirs.get(key) == settings[key] for key in SAME):

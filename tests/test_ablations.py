@@ -252,6 +252,9 @@ def test_answers_to_other_pictures_are_kept(elsewhere, finished_run, monkeypatch
 def test_a_new_run_takes_over_the_starting_models_answers(elsewhere, finished_run):
     """They are the same whatever the seed, and a third of a run; nothing else may come from the other run."""
     shutil.copytree(finished_run, ablations.OUT / "other")
+    look = ablations.OUT / "a look"  # at other pictures, which lies among the runs and is none
+    look.mkdir()
+    shutil.copy(finished_run / "scores.json", look)
     options = ["--model", str(TOY / "model"), "--data", str(TOY / "ladder"), "--stage", "0-1", "--test",
                str(finished_run.parent / "held-out.parquet"), "--eval-limit", "4", "--prompts-per-rollout", "40",
                "--group-size", "2", "--seed", "4", "--out"]
