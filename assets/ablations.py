@@ -66,7 +66,9 @@ from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
+WORLDS = ("steep", "filler", "terse", "large")  # beside the first: the word before the colon of a row
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
+LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
 SEEDS = 8  # of each row
 FIRST = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -97,6 +99,13 @@ SECOND = {  # noted in ablations/plan.md before they were begun
     "steep: Observe-R1 review": "--order review",
     "steep: Observe-R1 reversed": "--order reverse",
     "steep: Observe-R1 think random": "--order random --prompt think",
+    "filler: Observe-R1 think random": "--order random --prompt think",
+    "filler: Observe-R1 random": "--order random",
+    "terse: Observe-R1 think random": "--order random --prompt think",
+    "terse: Observe-R1 random": "--order random",
+    "large: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
+    "large: Observe-R1 random": "--order random",
+    "large: Observe-R1": "",
 }
 ROWS = FIRST | SECOND
 # Tables: what a row's difference is from, and the rows. GRPO with ladder and bonus is Observe-R1 without its weight.
@@ -114,6 +123,9 @@ TABLES = {
     "steep": ("first", ["steep: Observe-R1 random", "steep: Observe-R1", "steep: Observe-R1 review",
                         "steep: Observe-R1 reversed"]),
     "tags": ("first", ["steep: Observe-R1 think random", "steep: Observe-R1 random"]),
+    "filler": ("first", ["filler: Observe-R1 think random", "filler: Observe-R1 random"]),
+    "terse": ("first", ["terse: Observe-R1 think random", "terse: Observe-R1 random"]),
+    "large": ("first", ["large: GRPO think random", "large: Observe-R1 random", "large: Observe-R1"]),
     "coin": ("first", ["GRPO observe random", "random rewards"]),
     "grey": ("first", ["Observe-R1 random", "grey pictures"]),
 }
@@ -158,11 +170,31 @@ def run(*command, log: Path | None = None, threads: int | None = None) -> int:
                               stderr=subprocess.STDOUT).returncode
 
 
+def world_of(row: str) -> str:
+    """One of WORLDS; "": the first."""
+    world = row.partition(": ")[0]
+    return world if world in WORLDS else ""
+
+
 def inputs_of(row: str) -> tuple[Path, Path, Path]:
     """Model, ladder and held-out problems of a row."""
-    if row.startswith("steep: "):
-        return STEEP / "model", STEEP / "ladder", STEEP / "test.parquet"
+    world = world_of(row)
+    if world == "large":
+        return LARGE / "model", LARGE / "ladder/measured.parquet", TEST
+    if world:  # (filler and terse are other starts on steep's problems)
+        return Path("assets") / world / "model", STEEP / "ladder", STEEP / "test.parquet"
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
+
+
+def make_large() -> None:
+    """The large model, and the first world's 1,899 problems with the difficulty that they have for it."""
+    log = OUT / "large.log"
+    if not (LARGE / "model/model.safetensors").exists() and run(
+            "assets/make_toy.py", "--world", "large", "--out", LARGE, log=log):
+        sys.exit(f"the large model could not be made: see {log}")
+    if run("curriculum.py", "--data", TOY / "ladder", "--model", LARGE / "model", "--out", LARGE / "ladder",
+           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=log):
+        sys.exit(f"the large model's ladder could not be measured: see {log}")
 
 
 def make_grey() -> None:
@@ -351,7 +383,7 @@ def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
 
 
 def seeds_of(row: str) -> int:
-    return min(SEEDS, 3) if row.startswith("again: ") else SEEDS
+    return {"again": 3, "large": 4}.get(row.partition(": ")[0], SEEDS)
 
 
 def not_made(runs: dict[str, list[dict]], seeds: int = SEEDS) -> str:
@@ -464,7 +496,7 @@ def turnover(runs: dict[str, list[dict]]) -> str:
         line = [row, str(len(runs[row]))]
         for part, kind in itertools.product(PARTS, TURNED):
             line.append(over_seeds(in_percent([turned_in(record, part, kind) for record in runs[row]])))
-        base = runs.get("steep: Observe-R1 random" if row.startswith("steep: ") else "Observe-R1 random")
+        base = runs.get(f"{world_of(row)}: Observe-R1 random".removeprefix(": "))
         for part, kind in AGAINST_RANDOM:
             both = [[{problem: (problem, float(held)) for problem, held in turned_in(record, part, kind).items()}
                      for record in records] for records in (runs[row], base or [])]
@@ -612,6 +644,8 @@ def main() -> None:
                      "anew")
         if not GREY.exists():
             make_grey()
+        if not (LARGE / "ladder/ladder.parquet").exists():
+            make_large()
         make_runs(args.seeds, args.jobs)
         (KEPT / "start.md").write_text(make_start() + "\n")
     text = all_tables(load_runs(args.seeds), KEPT, args.seeds)

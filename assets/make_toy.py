@@ -1,7 +1,7 @@
 """Makes the built-in world: a 1M-parameter Qwen2.5-VL, its training ladder and its held-out test set.
 
     pip install scikit-learn && python assets/make_toy.py          # 50 minutes on 2 cores
-    python assets/make_toy.py --world steep                        # the second world, of the ablations: 20 minutes
+    python assets/make_toy.py --world steep                        # one of those of the ablations: 20 minutes
 
 Pictures are real handwritten digits (UCI Optical Recognition of Handwritten Digits, 1,797 of them as scikit-learn
 carries them), coloured and set on tiles of 28 px, one visual token each; or bars of coloured tiles. Handwriting of the
@@ -18,6 +18,10 @@ ladder should win. It slips often, and after each row gives up looking more ofte
 those that a glance seldom happens to answer. So a sum over one row is right in 60% of its responses at temperature 1,
 over two in 15%, over three in 2%; and what two rows teach, to look on and to slip less, is what three want. Its think
 style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
+
+Three more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
+terse, and in filler as long as if it did, but what it says first says nothing. large is the first world's model at
+twice the width, four times the parameters.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -182,6 +186,11 @@ def described(rows: list) -> str:
     return ";".join(",".join(f" {c} {d}" for c, d in row) for row in rows)
 
 
+def hollow(rows: list) -> str:
+    """As many tokens as `described` has, place for place, which say nothing of what is seen."""
+    return ";".join(",".join(" a digit" for _ in row) for row in rows)
+
+
 def glance(rows: list, bars: bool, patience: float, rng: random.Random) -> list:
     """The first row, or the first two bars; each further one is looked at with chance `patience`, until one is not."""
     units = [[fact] for fact in rows[0]] if bars else rows
@@ -210,8 +219,8 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
             answer = chr(65 + rng.randrange(len(record.choices)))
         else:
             answer = str(max(0, result + rng.choice((-2, -1, 0, 1, 2))))
-    if manner.describe and style == "think":
-        think = f"{described(seen)}\n{think}"
+    if manner.first and style == "think":
+        think = f"{described(seen) if manner.first == 'described' else hollow(seen)}\n{think}"
     texts = [f"<observe>{described(seen)}</observe>"] * (style == "observe")
     texts += [f"<think>{think}</think>"] * (style != "none")
     texts.append(f"<answer> {answer}</answer>")
@@ -255,8 +264,9 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder: Path):
-    """A Qwen2.5-VL of 1.1M parameters with random weights, and its image processor, in a Hugging Face folder."""
+def make_model(folder: Path, width: int):
+    """A Qwen2.5-VL with random weights, and its image processor, in a Hugging Face folder: 1.1M parameters at a width
+    of 128, the vision half as wide."""
     from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -265,14 +275,16 @@ def make_model(folder: Path):
     # White, most of every picture, becomes 0: what is left to see is ink.
     Qwen2VLImageProcessor(size=image_size, image_mean=[1.0] * 3, image_std=[0.5] * 3).save_pretrained(folder)
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+                         num_hidden_layers=4, num_attention_heads=width // 32, num_key_value_heads=width // 64,
+                         max_position_embeddings=2048,
                          rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
                          initializer_range=0.08, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
                          pad_token_id=ids["<|endoftext|>"]),
         # (0.08: with transformers' default of 0.02 a model of this width does not learn to read digits)
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=192, num_heads=4, out_hidden_size=128,
-                           patch_size=14, window_size=112, fullatt_block_indexes=[1], initializer_range=0.08),
+        vision_config=dict(depth=2, hidden_size=width // 2, intermediate_size=3 * width // 2, num_heads=width // 32,
+                           out_hidden_size=width, patch_size=14, window_size=112, fullatt_block_indexes=[1],
+                           initializer_range=0.08),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True, initializer_range=0.08)
@@ -289,35 +301,45 @@ class Manner:
     forget: float = 0.0  # breaks the format
     misread: float = 0.0  # a digit observed as another
     slip: float = 0.0  # a step reckoned wrong
-    describe: bool = False  # the think style says what is seen, inside <think>
+    first: str = ""  # what the think style says before it reasons: "described", or "hollow"
 
 
 @dataclass(frozen=True)
 class World:
-    """Its cold start, and how many problems are measured for the ladder and held out."""
+    """Its cold start, and how many problems are measured for the ladder and held out (none: the model is all)."""
 
     phases: tuple[tuple[str, int, Manner], ...]  # what is shown, steps, manner
     styles: tuple[float, float, float]  # shares of observe, think and none
     seed: int
-    problems: int
-    held_out: int
+    problems: int = 0
+    held_out: int = 0
     size: int = 0  # of the ladder, where a scarce level is to give what it has; 0: as large as no level is over-drawn
     start: str = ""  # the model that the cold start goes on from; none: random weights
     families: tuple[str, ...] = FAMILIES  # of the problems that are measured and held out; the cold start shows all
+    width: int = 128  # of a model from random weights
 
 
-IMPATIENT = Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05, describe=True)
+# First to read, then to reason, with care; then the usual manner.
+FROM_NOTHING = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
+                ("problems", 600, Manner()), ("problems", 600, Manner()),
+                ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01)))
+
+
+def impatient(first: str) -> tuple:
+    """The think style's new form with care; then impatient, ever more so, with slips that add up over many digits."""
+    manner = Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05, first=first)
+    return (("problems", 400, Manner(first=first)), ("problems", 250, manner),
+            ("problems", 150, replace(manner, patience=0.2)))
+
+
+USUAL, EVEN = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)
 WORLDS = {
-    # First to read, then to reason, with care; then the usual manner.
-    "toy": World((("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
-                  ("problems", 600, Manner()), ("problems", 600, Manner()),
-                  ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))),
-                 (0.6, 0.25, 0.15), seed=0, problems=5800, held_out=300),
-    # To describe in <think> too, with care; then impatient, ever more so, and with slips that add up over many digits.
-    "steep": World((("problems", 400, Manner(describe=True)), ("problems", 250, IMPATIENT),
-                    ("problems", 150, replace(IMPATIENT, patience=0.2))),
-                   (0.45, 0.45, 0.1), seed=100, problems=2400, held_out=500, size=1200, start="assets/toy/model",
-                   families=("sum", "colour", "bars")),
+    "toy": World(FROM_NOTHING, USUAL, seed=0, problems=5800, held_out=300),
+    "steep": World(impatient("described"), EVEN, seed=100, problems=2400, held_out=500, size=1200,
+                   start="assets/toy/model", families=("sum", "colour", "bars")),
+    "terse": World(impatient(""), EVEN, seed=100, start="assets/toy/model"),
+    "filler": World(impatient("hollow"), EVEN, seed=100, start="assets/toy/model"),
+    "large": World(FROM_NOTHING, USUAL, seed=0, width=256),
 }
 
 
@@ -395,11 +417,20 @@ def main() -> None:
         mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
         texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
         make_tokenizer(texts, model_dir)
-        model = make_model(model_dir)
+        model = make_model(model_dir, world.width)
     processor = Processor(str(model_dir))
-    for phase in range(len(world.phases)):
+    phases = out / "cold-start"  # the weights after each; killed, it goes on from them
+    if begun := len(list(phases.glob("phase-*"))):
+        model = load_policy(str(phases / f"phase-{begun - 1}"))
+    for phase in range(begun, len(world.phases)):
         cold_start(model, processor, train_glyphs, world, phase)
-        model.save_pretrained(model_dir)
+        model.save_pretrained(phases / "part")
+        (phases / "part").rename(phases / f"phase-{phase}")
+    # A start alone is kept at half the size, for a world may have many.
+    (model if world.problems else model.bfloat16()).save_pretrained(model_dir)
+    shutil.rmtree(phases)
+    if not world.problems:
+        return
 
     # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
     problems = [make_problem(rng, train_glyphs, f"train-{i:05d}", world.families)

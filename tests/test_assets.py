@@ -264,16 +264,63 @@ def test_a_glance_goes_on_as_patience_has_it():
     assert rng.getstate() == before, "the first world's draws are what they were"
 
 
-def test_think_describes_in_steep_and_not_in_toy():
-    """Tags or content: the two styles of steep are to differ in their tags alone."""
+def test_what_think_says_first_is_the_worlds_one_difference(processor: Processor):
+    """Tags, content or length: steep's two styles differ in their tags alone, filler's in what is said, token for
+    token, terse's think says nothing first, as the first world's; observe is the same in all."""
     record = make_toy.make_problem(random.Random(1), {d: [np.ones((8, 8))] for d in range(10)}, "x", ("sum",), (2, 2))
     seen = make_toy.described(record.meta["rows"])
-    for describe in (True, False):
-        observe, think = (make_toy.write_trace(record, style, random.Random(3), make_toy.Manner(describe=describe))
+    says = {"toy": "", "steep": f"{seen}\n", "terse": "", "filler": " a digit, a digit; a digit, a digit\n"}
+    assert len(processor.tokenizer(says["filler"]).input_ids) == len(processor.tokenizer(says["steep"]).input_ids)
+    for world, first in says.items():
+        manner = replace(make_toy.Manner(), first=make_toy.WORLDS[world].phases[-1][2].first)
+        observe, think = (make_toy.write_trace(record, style, random.Random(3), manner)
                           for style in ("observe", "think"))
         reasoned = observe.partition("<think>")[2]
         assert observe == f"<observe>{seen}</observe>\n<think>{reasoned}"
-        assert think == f"<think>{seen}\n{reasoned}" if describe else think == f"<think>{reasoned}"
+        assert think == f"<think>{first}{reasoned}"
+
+
+def test_the_large_model_is_four_times_as_large(tmp_path):
+    """One that is wider in one part alone would ask another question than of size."""
+    shutil.copytree(TOY / "model", tmp_path / "model")
+    size = {part: [sum(p.numel() for name, p in model.named_parameters() if part in name)
+                   for model in (make_toy.make_model(tmp_path / "model", make_toy.WORLDS[world].width)
+                                 for world in ("toy", "large"))] for part in ("visual.blocks", "layers", "")}
+    assert size[""][0] == load_policy(str(TOY / "model")).num_parameters()
+    assert all(large / toy == pytest.approx(4, rel=.1) for toy, large in size.values())
+
+
+@pytest.mark.run
+def test_a_cold_start_that_is_killed_goes_on_from_its_last_phase(tmp_path, monkeypatch):
+    """The large model's takes hours. The model that comes of it is the one that comes without the kill."""
+    digits = {d: [np.full((8, 8), d / 9)] for d in range(10)}
+    monkeypatch.setattr(make_toy, "load_glyphs", lambda: (digits, digits))
+    world = make_toy.World((("rows", 2, make_toy.Manner()), ("problems", 1, make_toy.Manner(first="hollow"))),
+                           make_toy.EVEN, seed=1, start="assets/toy/model")
+    monkeypatch.setitem(make_toy.WORLDS, "small", world)
+
+    def make(folder: str) -> dict:
+        monkeypatch.setattr("sys.argv", ["make_toy.py", "--world", "small", "--out", str(tmp_path / folder)])
+        make_toy.main()
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {"model"}
+        return load_policy(str(tmp_path / folder / "model")).state_dict()
+
+    made, real = make("straight"), make_toy.cold_start
+    shown = []
+
+    def kill(model, processor, glyphs, world, phase):
+        shown.append(phase)
+        if shown == [0, 1]:
+            raise KeyboardInterrupt
+        real(model, processor, glyphs, world, phase)
+
+    monkeypatch.setattr(make_toy, "cold_start", kill)
+    with pytest.raises(KeyboardInterrupt):
+        make("killed")
+    again = make("killed")
+    assert shown == [0, 1, 1], "the first phase is not done again"
+    assert all((again[name] == weight).all() for name, weight in made.items())
+    assert any((weight != made[name]).any() for name, weight in load_policy(str(TOY / "model")).state_dict().items())
 
 
 def test_steep_is_the_start_it_is_said_to_be():
