@@ -47,6 +47,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,20 +181,25 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
     """Model, ladder and held-out problems of a row."""
     world = world_of(row)
     if world == "large":
-        return LARGE / "model", LARGE / "ladder/measured.parquet", TEST
+        return LARGE / "model", LARGE / "ladder", TEST
     if world:  # (filler and terse are other starts on steep's problems)
         return Path("assets") / world / "model", STEEP / "ladder", STEEP / "test.parquet"
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
 
 
 def make_large() -> None:
-    """The large model, and the first world's 1,899 problems with the difficulty that they have for it."""
+    """The large model, and a ladder of the first world's 1,899 problems, as hard as they are for it."""
     log = OUT / "large.log"
+    if (LARGE / "ladder/ladder.parquet").exists():
+        return
     if not (LARGE / "model/model.safetensors").exists() and run(
             "assets/make_toy.py", "--world", "large", "--out", LARGE, log=log):
         sys.exit(f"the large model could not be made: see {log}")
-    if run("curriculum.py", "--data", TOY / "ladder", "--model", LARGE / "model", "--out", LARGE / "ladder",
-           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=log):
+    same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(TOY / "ladder"))]
+    save_records(str(LARGE / "problems.parquet"), same)
+    if run("curriculum.py", "--data", LARGE / "problems.parquet", "--model", LARGE / "model", "--out", LARGE / "ladder",
+           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, "--low-complexity", 0, "--size",
+           len(same), log=log):  # (all of them, but for a few where the levels are uneven)
         sys.exit(f"the large model's ladder could not be measured: see {log}")
 
 
@@ -268,9 +274,18 @@ def look(row: str, model: Path, out: Path, threads: int) -> None:
 
 
 def make_runs(seeds: int, jobs: int) -> None:
-    """All that are not kept yet, `jobs` at a time; each is kept when it ends."""
+    """All that are not kept yet; those of the large model last, for it has to be made, which takes hours."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
+    large = [run for run in missing if world_of(run[0]) == "large"]
+    make_some([run for run in missing if run not in large], jobs)
+    if large:
+        make_large()
+        make_some(large, jobs)
+
+
+def make_some(missing: list[tuple[str, int]], jobs: int) -> None:
+    """`jobs` at a time; each is kept when it ends."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for row in {row for row, _ in missing if row in LOOKED}:
         look(row, inputs_of(row)[0], start_of(row), os.cpu_count() or 1)
@@ -644,8 +659,6 @@ def main() -> None:
                      "anew")
         if not GREY.exists():
             make_grey()
-        if not (LARGE / "ladder/ladder.parquet").exists():
-            make_large()
         make_runs(args.seeds, args.jobs)
         (KEPT / "start.md").write_text(make_start() + "\n")
     text = all_tables(load_runs(args.seeds), KEPT, args.seeds)
