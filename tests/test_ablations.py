@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -268,6 +269,27 @@ def test_a_new_run_takes_over_the_starting_models_answers(elsewhere, finished_ru
     assert {name: (new / "held-out" / name).read_bytes() for name in before} == before, "not answered again"
     ablations.answered_before(ablations.OUT / "think", [*options, ablations.OUT / "think", "--prompt", "think"])
     assert not (ablations.OUT / "think").exists(), "no answers to that prompt are there"
+
+
+@pytest.mark.run
+def test_the_large_models_ladder_is_the_same_problems_as_hard_as_it_finds_them(tmp_path, monkeypatch):
+    """The difficulties that it had would be another model's; the usual size of a ladder leaves most problems out."""
+    problems = load_records(str(TOY / "ladder"))[::30]
+    save_records(str(tmp_path / "toy/ladder/ladder.parquet"), [replace(r, difficulty=1.0) for r in problems])
+    shutil.copytree(TOY / "model", tmp_path / "large/model")
+    for name, folder in (("TOY", "toy"), ("LARGE", "large"), ("OUT", "")):
+        monkeypatch.setattr(ablations, name, tmp_path / folder)
+    ablations.make_large()
+    model, ladder, _ = ablations.inputs_of("large: Observe-R1")
+    assert model == tmp_path / "large/model"
+    found = {record.id: record for record in load_records(str(ladder))}
+    assert found.keys() <= {record.id for record in problems} and len(found) > .9 * len(problems)
+    assert {record.stage for record in found.values()} == set(range(9))
+    off = [abs(found[r.id].difficulty - r.difficulty) for r in problems if r.id in found]
+    assert sum(off) / len(off) < .15, "measured anew, by what here is the same model"
+    written = (ladder / "ladder.parquet").stat().st_mtime_ns
+    ablations.make_large()
+    assert (ladder / "ladder.parquet").stat().st_mtime_ns == written, "once made, it is taken as it is"
 
 
 def evidence(name: str) -> dict[str, list[str]]:
