@@ -67,8 +67,9 @@ from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
-WORLDS = ("steep", "filler", "terse", "large")  # beside the first: the word before the colon of a row
+WORLDS = ("steep", "filler", "terse", "even", "large")  # beside the first: the word before the colon of a row
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
+EVEN = OUT / "even"  # the first world's model, better versed in the think style
 LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
 SEEDS = 8  # of each row
 FIRST = {  # name -> what differs from the full method
@@ -104,6 +105,8 @@ SECOND = {  # noted in ablations/plan.md before they were begun
     "filler: Observe-R1 random": "--order random",
     "terse: Observe-R1 think random": "--order random --prompt think",
     "terse: Observe-R1 random": "--order random",
+    "even: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
+    "even: GRPO observe random": "--order random --bonus 0 --sigma 0",
     "large: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "large: Observe-R1 random": "--order random",
     "large: Observe-R1": "",
@@ -126,6 +129,7 @@ TABLES = {
     "tags": ("first", ["steep: Observe-R1 think random", "steep: Observe-R1 random"]),
     "filler": ("first", ["filler: Observe-R1 think random", "filler: Observe-R1 random"]),
     "terse": ("first", ["terse: Observe-R1 think random", "terse: Observe-R1 random"]),
+    "even": ("first", ["even: GRPO think random", "even: GRPO observe random"]),
     "large": ("first", ["large: GRPO think random", "large: Observe-R1 random", "large: Observe-R1"]),
     "coin": ("first", ["GRPO observe random", "random rewards"]),
     "grey": ("first", ["Observe-R1 random", "grey pictures"]),
@@ -182,9 +186,19 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
     world = world_of(row)
     if world == "large":
         return LARGE / "model", LARGE / "ladder", TEST
+    if world == "even":
+        return EVEN / "model", TOY / "ladder", TEST
     if world:  # (filler and terse are other starts on steep's problems)
         return Path("assets") / world / "model", STEEP / "ladder", STEEP / "test.parquet"
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
+
+
+def make_model(world: str, folder: Path) -> None:
+    """A start that is too large to be kept, or one too many; one that is there is taken as it is."""
+    log = OUT / f"{world}.log"
+    if not (folder / "model/model.safetensors").exists() and run(
+            "assets/make_toy.py", "--world", world, "--out", folder, log=log):
+        sys.exit(f"the model of {world} could not be made: see {log}")
 
 
 def make_large() -> None:
@@ -192,9 +206,7 @@ def make_large() -> None:
     log = OUT / "large.log"
     if (LARGE / "ladder/ladder.parquet").exists():
         return
-    if not (LARGE / "model/model.safetensors").exists() and run(
-            "assets/make_toy.py", "--world", "large", "--out", LARGE, log=log):
-        sys.exit(f"the large model could not be made: see {log}")
+    make_model("large", LARGE)
     same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(TOY / "ladder"))]
     save_records(str(LARGE / "problems.parquet"), same)
     if run("curriculum.py", "--data", LARGE / "problems.parquet", "--model", LARGE / "model", "--out", LARGE / "ladder",
@@ -277,6 +289,8 @@ def make_runs(seeds: int, jobs: int) -> None:
     """All that are not kept yet; those of the large model last, for it has to be made, which takes hours."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
+    if any(world_of(row) == "even" for row, _ in missing):
+        make_model("even", EVEN)
     large = [run for run in missing if world_of(run[0]) == "large"]
     make_some([run for run in missing if run not in large], jobs)
     if large:
@@ -398,7 +412,7 @@ def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
 
 
 def seeds_of(row: str) -> int:
-    return {"again": 3, "large": 4}.get(row.partition(": ")[0], SEEDS)
+    return {"again": 3, "even": 4, "large": 4}.get(row.partition(": ")[0], SEEDS)
 
 
 def not_made(runs: dict[str, list[dict]], seeds: int = SEEDS) -> str:

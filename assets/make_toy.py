@@ -19,9 +19,10 @@ those that a glance seldom happens to answer. So a sum over one row is right in 
 over two in 15%, over three in 2%; and what two rows teach, to look on and to slip less, is what three want. Its think
 style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
 
-Three more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
-terse, and in filler as long as if it did, but what it says first says nothing. large is the first world's model at
-twice the width, four times the parameters.
+Four more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
+terse, and in filler as long as if it did, but what it says first says nothing. even is the first world's model after
+some more of its cold start, in which think is shown as often as observe, and not 25 times to 60. large is the first
+world's model at twice the width, four times the parameters.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -319,10 +320,10 @@ class World:
     width: int = 128  # of a model from random weights
 
 
+THE_USUAL = ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))
 # First to read, then to reason, with care; then the usual manner.
 FROM_NOTHING = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
-                ("problems", 600, Manner()), ("problems", 600, Manner()),
-                ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01)))
+                ("problems", 600, Manner()), ("problems", 600, Manner()), THE_USUAL)
 
 
 def impatient(first: str) -> tuple:
@@ -332,14 +333,15 @@ def impatient(first: str) -> tuple:
             ("problems", 150, replace(manner, patience=0.2)))
 
 
-USUAL, EVEN = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)
+FIRST, EVEN = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)
 WORLDS = {
-    "toy": World(FROM_NOTHING, USUAL, seed=0, problems=5800, held_out=300),
+    "toy": World(FROM_NOTHING, FIRST, seed=0, problems=5800, held_out=300),
     "steep": World(impatient("described"), EVEN, seed=100, problems=2400, held_out=500, size=1200,
                    start="assets/toy/model", families=("sum", "colour", "bars")),
     "terse": World(impatient(""), EVEN, seed=100, start="assets/toy/model"),
     "filler": World(impatient("hollow"), EVEN, seed=100, start="assets/toy/model"),
-    "large": World(FROM_NOTHING, USUAL, seed=0, width=256),
+    "even": World((("problems", 400, Manner()), THE_USUAL), EVEN, seed=200, start="assets/toy/model"),
+    "large": World(FROM_NOTHING, FIRST, seed=0, width=256),
 }
 
 
