@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TOY, lines
 
 import train
-from data import load_records, save_records
+from data import load_records, open_image, save_records
 from train import parse_config
 
 
@@ -290,6 +290,111 @@ def test_the_large_models_ladder_is_the_same_problems_as_hard_as_it_finds_them(t
     written = (ladder / "ladder.parquet").stat().st_mtime_ns
     ablations.make_large()
     assert (ladder / "ladder.parquet").stat().st_mtime_ns == written, "once made, it is taken as it is"
+
+
+def test_answers_are_taken_over_from_the_very_same_start_only(elsewhere, monkeypatch):
+    """Three starts answer the one held-out file of steep; another commit may answer otherwise."""
+    def begins(row: str, seed: int, name: str) -> bool:
+        ablations.answered_before(ablations.OUT / name, ablations.command_of(row, seed))
+        return (ablations.OUT / name).exists()
+
+    monkeypatch.setattr(ablations, "environment", lambda: {"commit": "now"})
+    done = ablations.OUT / "done"
+    (done / "held-out").mkdir(parents=True)
+    (done / "held-out/step000000-greedy-0.jsonl").write_text("")
+    kept = train.as_kept(parse_config([*map(str, ablations.command_of("steep: Observe-R1", 0))]))
+    for name, value in (("settings", kept), ("environment", {"commit": "now"}), ("scores", {})):
+        (done / f"{name}.json").write_text(json.dumps(value))
+    assert begins("steep: Observe-R1 reversed", 1, "same")
+    for row in ("steep: Observe-R1 think random", "filler: Observe-R1 random", "Observe-R1"):
+        assert not begins(row, 1, "other"), row
+    monkeypatch.setattr(ablations, "environment", lambda: {"commit": "then"})
+    assert not begins("steep: Observe-R1", 1, "older")
+
+
+def test_rows_are_of_the_world_that_they_say():
+    """Another world's held-out problems, in all rows of a table alike, would not show in the table."""
+    names = {row: [str(path) for path in ablations.inputs_of(row)] for row in ablations.ROWS}
+    steep = ["assets/steep/ladder", "assets/steep/test.parquet"]
+    toy, test, large = "assets/toy/ladder", str(ablations.TEST), str(ablations.LARGE)
+    worlds = {"steep": ["assets/steep/model", *steep], "filler": ["assets/filler/model", *steep],
+              "terse": ["assets/terse/model", *steep], "large": [f"{large}/model", f"{large}/ladder", test]}
+    for row, inputs in names.items():
+        ladder = str(ablations.GREY) if row == "grey pictures" else toy
+        assert inputs == worlds.get(row.partition(":")[0], ["assets/toy/model", ladder, test]), row
+        config = parse_config([*map(str, ablations.command_of(row, 0))])
+        assert [config.model, config.data, config.test] == inputs
+
+
+def test_a_look_asks_as_the_run_was_asked(elsewhere, monkeypatch):
+    """In its prompt style, on its held-out problems, into a folder that is no other start's."""
+    asked = {}
+
+    def run(*command, **_) -> int:
+        words = [*map(str, command)]
+        asked[words[words.index("--out") + 1]] = {
+            name: words[words.index(f"--{name}") + 1] for name in ("model", "benchmark", "prompt", "pictures")}
+        return 0
+
+    monkeypatch.setattr(ablations, "run", run)
+    rows = ("again: Observe-R1", "again: GRPO think random", "steep: Observe-R1", "steep: Observe-R1 think random")
+    for row in rows:
+        model, _, test = ablations.inputs_of(row)
+        ablations.look(row, model, ablations.start_of(row), 1)
+        assert asked[str(ablations.start_of(row))] == {
+            "model": str(model), "benchmark": str(test), "prompt": "think" if "think" in row else "observe",
+            "pictures": "given,none,swapped"}
+    assert len(asked) == 4 and ablations.start_of("grey pictures") == ablations.start_of("again: Observe-R1")
+
+
+def test_rows_have_the_seeds_that_were_planned(elsewhere, monkeypatch):
+    """Three where a row was there before, four of the large model, last, and all of the others."""
+    made = []
+    rows = ("large: x", "again: x", "x")
+    monkeypatch.setattr(ablations, "ROWS", dict.fromkeys(rows, ""))
+    monkeypatch.setattr(ablations, "make_large", lambda: made.append("large"))
+    monkeypatch.setattr(ablations, "train", lambda row, seed, threads: made.append((row, seed)) or (row, seed))
+    monkeypatch.setattr(ablations, "keep", lambda *_: None)
+    ablations.make_runs(seeds=8, jobs=1)
+    assert made == [("again: x", 0), ("x", 0), ("again: x", 1), ("x", 1), ("again: x", 2), ("x", 2),
+                    *(("x", seed) for seed in range(3, 8)), "large", *(("large: x", seed) for seed in range(4))]
+    lacking = ablations.not_made({row: [{}] * 3 for row in rows})
+    assert lacking == "Seeds still to be made: large: x (3 of 4), x (3 of 8)."
+    assert ablations.not_made({row: [{}] * 3 for row in rows}, 3) == ""
+
+
+def test_a_worlds_turnover_is_against_its_own_random_order(monkeypatch):
+    """The problems of two worlds may be called alike."""
+    rows = ("Observe-R1 random", "steep: Observe-R1 random", "steep: x")
+    monkeypatch.setattr(ablations, "ROWS", dict.fromkeys(rows, ""))
+    lost = [{"answers": [*answers_of(0, "a", "b"), *answers_of(9, *right)]} for right in ((), "a", "ab")]
+    header, _, *made = cells(ablations.turnover({row: [record] for row, record in zip(rows, lost)}))
+    at = header.index("easy (0 - .25): newly lost, against random order")
+    assert [row[at].partition(" [")[0] for row in made] == ["-", "-", "-50.0"]
+
+
+def test_the_plot_of_turnover_has_losses_to_the_left(monkeypatch, tmp_path):
+    """Solved and lost the other way round would be a plot that looks as well."""
+    bars = []
+    monkeypatch.setattr(ablations, "ROWS", {"x": ""})
+    monkeypatch.setattr(ablations.Figure, "savefig", lambda figure, *_, **__: bars.extend(
+        [[bar.get_width() for bar in axis.patches] for axis in figure.axes]))
+    ablations.draw_turnover({"x": [{"answers": [*answers_of(0, "c"), *answers_of(9, "a", "b")]}]}, tmp_path / "x.png")
+    assert bars == [[100, 0], [0, -50]]
+
+
+def test_the_grey_ladder_is_the_ladder_but_for_its_pictures(tmp_path, monkeypatch):
+    """Swapped ones, or another choice of problems, would be another row than the table says."""
+    problems = load_records(str(TOY / "ladder"))[::100]
+    monkeypatch.setattr(ablations, "load_records", lambda path: problems)
+    monkeypatch.setattr(ablations, "GREY", tmp_path / "grey/ladder.parquet")
+    ablations.make_grey()
+    grey = load_records(str(tmp_path / "grey/ladder.parquet"))
+    assert [replace(r, images=()) for r in grey] == [replace(r, images=()) for r in problems]
+    for one, other in zip(grey, problems):
+        [image], [picture] = one.images, other.images
+        image = open_image(image, one.id)
+        assert image.size == open_image(picture, one.id).size and len(image.getcolors()) == 1
 
 
 def evidence(name: str) -> dict[str, list[str]]:

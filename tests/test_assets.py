@@ -128,6 +128,22 @@ def test_the_untrained_model_differs_in_the_model_and_not_in_all_settings_of_tra
     assert "trained with lr" not in printed and "program" not in printed
 
 
+def test_other_pictures_are_columns_and_no_other_setting(tmp_path):
+    """A look at one checkpoint with other pictures is of the run's setting; what stands beside is of those given."""
+    kinds = {"a": ("given", "none", "swapped"), "b": ("given",)}
+    for name, asked in kinds.items():
+        file = evaluation(tmp_path / name, "x") / "scores.json"
+        told = json.loads(file.read_text())
+        told["settings"] |= {"pictures": ",".join(asked), "seed": int(name == "b")}
+        told["scores"] = [told["scores"][0] | {"pictures": kind, "length": 10 + i} for i, kind in enumerate(asked)]
+        file.write_text(json.dumps(told))
+    runs = [run for name in kinds for run in compare.read_runs(tmp_path / name)]
+    assert [list(run.problems) for run in runs] == [
+        ["x, greedy", "x, greedy, pictures none", "x, greedy, pictures swapped"], ["x, greedy"]]
+    assert [run.beside for run in runs] == [{"tokens, greedy": 10}] * 2
+    assert [len(group) for group in compare.by_setting(runs)] == [2]
+
+
 def test_many_benchmarks_make_a_plot_that_can_be_read(tmp_path):
     """Eight panels in one row were 4,600 pixels wide; and versions of one problem are drawn together here too."""
     folder = evaluation(tmp_path / "a", "abcdefgh")
@@ -278,6 +294,18 @@ def test_what_think_says_first_is_the_worlds_one_difference(processor: Processor
         reasoned = observe.partition("<think>")[2]
         assert observe == f"<observe>{seen}</observe>\n<think>{reasoned}"
         assert think == f"<think>{first}{reasoned}"
+
+
+def test_starts_differ_in_what_they_are_to_differ_in():
+    """A phase that forgets what is said first, other shares of the styles or another seed would be a second change."""
+    worlds = make_toy.WORLDS
+    for name, first in (("steep", "described"), ("terse", ""), ("filler", "hollow")):
+        assert {manner.first for _, _, manner in worlds[name].phases} == {first}
+        plain = [(show, steps, replace(manner, first="")) for show, steps, manner in worlds[name].phases]
+        assert plain == [*worlds["terse"].phases]
+        assert [getattr(worlds[name], key) == getattr(worlds["steep"], key) for key in ("styles", "seed", "start")] == [
+            True] * 3
+    assert replace(worlds["large"], width=128) == replace(worlds["toy"], problems=0, held_out=0)
 
 
 def test_the_large_model_is_four_times_as_large(tmp_path):

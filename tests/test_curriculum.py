@@ -643,6 +643,17 @@ def test_review_brings_back_problems_of_stages_before(ladder):
     assert [(b.stage, b.ends_stage) for b in curriculum.batches] == [(b.stage, b.ends_stage) for b in plain.batches]
 
 
+def test_what_is_reviewed_is_of_all_stages_before_and_spread_over_the_stage(ladder):
+    """Not the earliest problems again and again, and not all of them in a stage's last batches."""
+    stages, first, all_of_it = [], 0, 0
+    for seed in range(10):
+        last = [b.records for b in Curriculum(ladder, 16, "review", seed=seed).batches if b.stage == 8]
+        again = [sum(r.stage != 8 for r in records) for records in last]
+        stages += [r.stage for records in last for r in records if r.stage != 8]
+        first, all_of_it = first + again[0] / len(last[0]), all_of_it + sum(again) / sum(map(len, last))
+    assert set(stages) == set(range(8)) and first == pytest.approx(all_of_it, rel=.4)
+
+
 def test_gaussian_rises_and_never_lets_the_easy_go(ladder):
     """E2H-G: the mean level rises steadily; at the end easy levels are drawn still, where the ladder has none."""
     curriculum = Curriculum(ladder, 16, "gaussian", seed=1)
@@ -655,6 +666,36 @@ def test_gaussian_rises_and_never_lets_the_easy_go(ladder):
     ends = [levels_of(Curriculum(ladder, len(ladder) // 8, "gaussian", seed=seed), 3) for seed in range(40)]
     late = np.sum(ends, axis=0) / np.sum(ends)
     assert late[0] > .3 * bell[0] / bell.sum() and late[8] > .6 * bell[8] / bell.sum()
+
+
+@pytest.mark.parametrize("order", ["gaussian", "adaptive"])
+def test_each_batch_is_drawn_anew(ladder, order):
+    """Of one random number for all of them, the run would be one batch, over and over."""
+    ids = [{r.id for r in b.records} for b in Curriculum(ladder, 16, order, seed=1).batches]
+    assert np.mean([len(one & other) for one, other in itertools.pairwise(ids)]) < 6
+
+
+def test_adaptive_begins_with_the_levels_as_they_were_measured():
+    """p (1 - p) + .01 of each problem: not of each level, and what is never, or always, solved has a chance too."""
+    count = np.array([100, 50, 20, 50, 100, 50, 20, 50, 200])
+    records, p = measured(count.tolist()), 1 - np.arange(9) / 8
+    drawn = sum(np.bincount([level_of(r) for b in Curriculum(records, 16, "adaptive", seed=seed).batches
+                             for r in b.records], minlength=9) for seed in range(10))
+    wanted = count * (p * (1 - p) + .01)
+    assert drawn / drawn.sum() == pytest.approx(wanted / wanted.sum(), abs=.015)
+    assert drawn[0] > 0 < drawn[8]
+
+
+def test_adaptive_learns_from_the_batch_for_the_next_but_one():
+    """The next one's pictures are made already. What is always solved, as it was measured, stays as rare as it was."""
+    easy = 0
+    for seed in range(5):
+        curriculum = Curriculum(measured([200] + [0] * 7 + [200]), 16, "adaptive", seed=seed)
+        batch, before = next(iter(curriculum)), list(curriculum.batches)
+        curriculum.learned([.5 if level_of(r) else 1.0 for r in batch.records])
+        assert [k for k, b in enumerate(curriculum.batches) if b != before[k]] == [2]
+        easy += sum(level_of(r) == 0 for r in curriculum.batches[2].records)
+    assert easy < 15
 
 
 def test_adaptive_follows_the_running_pass_rate():

@@ -353,6 +353,22 @@ def test_pictures_side_by_side(tmp_path, monkeypatch, capsys, test_set, processo
         run_program(eval.main)
 
 
+def test_other_pictures_are_set_against_those_given_by_hand(tmp_path):
+    """In the same prompt style, whatever comes first in the table, and versions of a problem drawn together."""
+    def answers(job: eval.Job, *right: int, count: int = 40) -> tuple[eval.Job, list[Result]]:
+        return job, [Result(Record(f"{job.prompt}{i}"[-1 - (i > 9):], "?", "1", meta={"problem_index": i // 10}),
+                            [response(i in right)]) for i in range(count)]
+
+    done = [answers(eval.Job("x", prompt, "greedy", 0, 1, kind), *right) for prompt, kind, right in (
+        ("think", "none", range(10)), ("think", "given", range(20)), ("think", "swapped", range(40)),
+        ("none", "given", range(40)), ("none", "none", ()))]
+    found = {(s["prompt"], s["pictures"]): s for s in eval.write_results(tmp_path, done, {})}
+    assert {key: s["against_given"] for key, s in found.items() if "against_given" in s} == {
+        ("think", "none"): -.25, ("think", "swapped"): .5, ("none", "none"): -1}
+    assert found["think", "none"]["against_interval"] == pytest.approx([-.75, 0]), "four problems, of ten versions"
+    assert found["none", "none"]["against_interval"] == [-1, -1]
+
+
 @pytest.mark.parametrize("pictures, more, why", [
     ("grey", [], "--pictures grey: there are given, none, swapped"), ("none,none", [], "each only once"),
     ("none", ["--responses", "x.jsonl"], "to the pictures that were given")])

@@ -341,6 +341,21 @@ def test_coins_are_even_and_hang_on_seed_step_and_place_only():
     assert replace(told, accuracy=0.0) == wrong[0][0], "nothing else of a response changes"
 
 
+@pytest.mark.run
+def test_an_adaptive_order_is_told_of_every_batch_what_it_came_to(stage, world, tmp_path):
+    """Never, of the batches of a refilled rollout the first alone, or the last with the first one's answers."""
+    told = []
+    learned = train.Curriculum.learned
+    stage.setattr(train.Curriculum, "learned", lambda order, rates: told.append((
+        [r.id for r in order.batches[order.position - 1].records], rates)) or learned(order, rates))
+    main(f"{BASE} --out {tmp_path}/run --prompts-per-rollout 2 --order adaptive --refill 2 --test=".replace(
+        "WORLD", str(world)).split())
+    history = [json.loads(line) for line in (tmp_path / "run/problems.jsonl").read_text().splitlines()]
+    assert [(one, rate) for ids, rates in told for one, rate in zip(ids, rates, strict=True)] == [
+        (line["id"], pytest.approx(line["right"] / line["of"])) for line in history]
+    assert len(told) > len({line["step"] for line in history}) > 1, "rollouts of several batches"
+
+
 def test_defaults_are_the_papers_but_for_the_row_of_a_preset():
     """A number of a preset in another's row, or the toy's in a run of 3B."""
     toy, small, large = (vars(parse_config(["--preset", name, "--data", "d"])) for name in ("toy", "3b", "7b"))
