@@ -235,10 +235,12 @@ def answered_before(folder: Path, command: list) -> None:
         theirs, answers = read_json(scores.parent / "settings.json"), scores.parent / "held-out"
         same = read_json(scores.parent / "environment.json")["commit"] == commit
         if same and all(theirs.get(key) == settings[key] for key in SAME):
-            (folder / "held-out").mkdir(parents=True)
-            write_json(folder / "settings.json", settings)
+            aside = folder.with_name(f"{folder.name}.part")  # (a kill leaves the whole folder or none)
+            (aside / "held-out").mkdir(parents=True, exist_ok=True)
+            write_json(aside / "settings.json", settings)
             for file in answers.glob("step000000-*.jsonl"):
-                shutil.copy(file, folder / "held-out")
+                shutil.copy(file, aside / "held-out")
+            aside.rename(folder)
             return
 
 

@@ -318,7 +318,8 @@ def test_rows_are_of_the_world_that_they_say():
     steep = ["assets/steep/ladder", "assets/steep/test.parquet"]
     toy, test, large = "assets/toy/ladder", str(ablations.TEST), str(ablations.LARGE)
     worlds = {"steep": ["assets/steep/model", *steep], "filler": ["assets/filler/model", *steep],
-              "terse": ["assets/terse/model", *steep], "large": [f"{large}/model", f"{large}/ladder", test]}
+              "terse": ["assets/terse/model", *steep], "large": [f"{large}/model", f"{large}/ladder", test],
+              "even": [str(ablations.EVEN / "model"), toy, test]}
     for row, inputs in names.items():
         ladder = str(ablations.GREY) if row == "grey pictures" else toy
         assert inputs == worlds.get(row.partition(":")[0], ["assets/toy/model", ladder, test]), row
@@ -401,6 +402,8 @@ def evidence(name: str) -> dict[str, list[str]]:
     """Of a table in tables.md, by row, what the READMEs show: accuracies with their differences, and what is beside."""
     against, rows = ablations.TABLES[name]
     made = cells(section(name))
+    if not made:
+        return {}
     second = next(i for i, line in enumerate(made) if i and line[0] == "setting")
     first, then = made[0], made[second]
     score = {kind: next(i for i, title in enumerate(first) if title.endswith(f", {kind}, %"))
@@ -420,7 +423,7 @@ def evidence(name: str) -> dict[str, list[str]]:
 def test_the_readmes_show_what_the_runs_came_to():
     """Numbers in a README outlive the runs that they came from: each row must be that of the table from compare."""
     told = cells((ablations.KEPT / "README.md").read_text())
-    tables = [evidence(name) for name in ("build-up", "take-away", "remedies", "steep", "tags", "coin", "grey")]
+    tables = [evidence(name) for name in ablations.TABLES if name not in ("order", "control", "constant-lr")]
     for table in tables:
         for row, wanted in table.items():
             assert wanted in [line[2:] for line in told if line[0] == row], f"{row}: {wanted}"
