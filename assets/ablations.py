@@ -67,9 +67,8 @@ from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
-WORLDS = ("steep", "filler", "terse", "even", "large")  # beside the first: the word before the colon of a row
+WORLDS = ("steep", "filler", "terse", "even", "longer", "large")  # beside the first: the word before the colon of a row
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
-EVEN = OUT / "even"  # the first world's model, better versed in the think style
 LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
 SEEDS = 8  # of each row
 FIRST = {  # name -> what differs from the full method
@@ -107,6 +106,8 @@ SECOND = {  # noted in ablations/plan.md before they were begun
     "terse: Observe-R1 random": "--order random",
     "even: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "even: GRPO observe random": "--order random --bonus 0 --sigma 0",
+    "longer: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
+    "longer: GRPO observe random": "--order random --bonus 0 --sigma 0",
     "large: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "large: Observe-R1 random": "--order random",
     "large: Observe-R1": "",
@@ -130,6 +131,7 @@ TABLES = {
     "filler": ("first", ["filler: Observe-R1 think random", "filler: Observe-R1 random"]),
     "terse": ("first", ["terse: Observe-R1 think random", "terse: Observe-R1 random"]),
     "even": ("first", ["even: GRPO think random", "even: GRPO observe random"]),
+    "longer": ("first", ["longer: GRPO think random", "longer: GRPO observe random"]),
     "large": ("first", ["large: GRPO think random", "large: Observe-R1 random", "large: Observe-R1"]),
     "coin": ("first", ["GRPO observe random", "random rewards"]),
     "grey": ("first", ["Observe-R1 random", "grey pictures"]),
@@ -186,8 +188,8 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
     world = world_of(row)
     if world == "large":
         return LARGE / "model", LARGE / "ladder", TEST
-    if world == "even":
-        return EVEN / "model", TOY / "ladder", TEST
+    if world in ("even", "longer"):
+        return OUT / world / "model", TOY / "ladder", TEST
     if world:  # (filler and terse are other starts on steep's problems)
         return Path("assets") / world / "model", STEEP / "ladder", STEEP / "test.parquet"
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
@@ -291,8 +293,9 @@ def make_runs(seeds: int, jobs: int) -> None:
     """All that are not kept yet; those of the large model last, for it has to be made, which takes hours."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
-    if any(world_of(row) == "even" for row, _ in missing):
-        make_model("even", EVEN)
+    for world in ("even", "longer"):
+        if any(world_of(row) == world for row, _ in missing):
+            make_model(world, OUT / world)
     large = [run for run in missing if world_of(run[0]) == "large"]
     make_some([run for run in missing if run not in large], jobs)
     if large:
@@ -414,7 +417,7 @@ def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
 
 
 def seeds_of(row: str) -> int:
-    return {"again": 3, "even": 4, "large": 4}.get(row.partition(": ")[0], SEEDS)
+    return {"again": 3, "even": 4, "longer": 4, "large": 4}.get(row.partition(": ")[0], SEEDS)
 
 
 def not_made(runs: dict[str, list[dict]], seeds: int = SEEDS) -> str:

@@ -19,10 +19,10 @@ those that a glance seldom happens to answer. So a sum over one row is right in 
 over two in 15%, over three in 2%; and what two rows teach, to look on and to slip less, is what three want. Its think
 style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
 
-Four more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
+Five more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
 terse, and in filler as long as if it did, but what it says first says nothing. even is the first world's model after
-some more of its cold start, in which think is shown as often as observe, and not 25 times to 60. large is the first
-world's model at twice the width, four times the parameters.
+some more of its cold start, in which think is shown as often as observe, and not 25 times to 60; longer, after as much
+more of it as it was. large is the first world's model at twice the width, four times the parameters.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -324,6 +324,7 @@ THE_USUAL = ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misre
 # First to read, then to reason, with care; then the usual manner.
 FROM_NOTHING = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 900, Manner()),
                 ("problems", 600, Manner()), ("problems", 600, Manner()), THE_USUAL)
+SOME_MORE = (("problems", 400, Manner()), THE_USUAL)
 
 
 def impatient(first: str) -> tuple:
@@ -340,7 +341,8 @@ WORLDS = {
                    start="assets/toy/model", families=("sum", "colour", "bars")),
     "terse": World(impatient(""), EVEN, seed=100, start="assets/toy/model"),
     "filler": World(impatient("hollow"), EVEN, seed=100, start="assets/toy/model"),
-    "even": World((("problems", 400, Manner()), THE_USUAL), EVEN, seed=200, start="assets/toy/model"),
+    "even": World(SOME_MORE, EVEN, seed=200, start="assets/toy/model"),
+    "longer": World(SOME_MORE, FIRST, seed=200, start="assets/toy/model"),
     "large": World(FROM_NOTHING, FIRST, seed=0, width=256),
 }
 

@@ -319,7 +319,7 @@ def test_rows_are_of_the_world_that_they_say():
     toy, test, large = "assets/toy/ladder", str(ablations.TEST), str(ablations.LARGE)
     worlds = {"steep": ["assets/steep/model", *steep], "filler": ["assets/filler/model", *steep],
               "terse": ["assets/terse/model", *steep], "large": [f"{large}/model", f"{large}/ladder", test],
-              "even": [str(ablations.EVEN / "model"), toy, test]}
+              **{name: [str(ablations.OUT / name / "model"), toy, test] for name in ("even", "longer")}}
     for row, inputs in names.items():
         ladder = str(ablations.GREY) if row == "grey pictures" else toy
         assert inputs == worlds.get(row.partition(":")[0], ["assets/toy/model", ladder, test]), row
