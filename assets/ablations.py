@@ -6,7 +6,8 @@
 
 One change a row, the same 1,899 problems and 8 responses to each, the same 1,000 held-out problems of handwriting
 never seen in training (the 300 of the built-in world are too few to tell rows apart). What a referee would ask next is
-in SECOND, rows of the second world among them; what they are to show was noted before, in ablations/plan.md.
+in SECOND, rows of other starts among them, some on the problems of the second world; what they are to show was noted
+before, in ablations/plan.md.
 
 It may be stopped and started again (one at a time): a finished run is not done again, a begun one goes on. Whole runs
 lie in out/ablations.
@@ -70,7 +71,7 @@ TOY, STEEP = Path("assets/toy"), Path("assets/steep")
 WORLDS = ("steep", "filler", "terse", "even", "longer", "large")  # beside the first: the word before the colon of a row
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
 LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
-SEEDS = 8  # of each row
+SEEDS, FEWER = 8, {"again": 3, "even": 4, "longer": 4, "large": 4}  # of each row; of those with this word first
 FIRST = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
     "GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
@@ -196,10 +197,12 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
 
 
 def make_model(world: str, folder: Path) -> None:
-    """A start that is too large to be kept, or one too many; one that is there is taken as it is."""
+    """A start that is too large to be kept, or one too many; one that is there whole is taken as it is."""
     log = OUT / f"{world}.log"
-    if not (folder / "model/model.safetensors").exists() and run(
-            "assets/make_toy.py", "--world", world, "--out", folder, log=log):
+    if (folder / "model/model.safetensors").exists() and not (folder / f"making-{world}").exists():
+        return
+    print(f"the model of {world}, see {log}", flush=True)
+    if run("assets/make_toy.py", "--world", world, "--out", folder, log=log):
         sys.exit(f"the model of {world} could not be made: see {log}")
 
 
@@ -296,8 +299,8 @@ def make_runs(seeds: int, jobs: int) -> None:
     for world in ("even", "longer"):
         if any(world_of(row) == world for row, _ in missing):
             make_model(world, OUT / world)
-    large = [run for run in missing if world_of(run[0]) == "large"]
-    make_some([run for run in missing if run not in large], jobs)
+    large = [(row, seed) for row, seed in missing if world_of(row) == "large"]
+    make_some([(row, seed) for row, seed in missing if world_of(row) != "large"], jobs)
     if large:
         make_large()
         make_some(large, jobs)
@@ -417,7 +420,7 @@ def load_runs(seeds: int = SEEDS) -> dict[str, list[dict]]:
 
 
 def seeds_of(row: str) -> int:
-    return {"again": 3, "even": 4, "longer": 4, "large": 4}.get(row.partition(": ")[0], SEEDS)
+    return FEWER.get(row.partition(": ")[0], SEEDS)
 
 
 def not_made(runs: dict[str, list[dict]], seeds: int = SEEDS) -> str:
@@ -481,6 +484,40 @@ def mechanisms(runs: dict[str, list[dict]]) -> str:
     return (f"{table}\n\n{len(groups)} groups, two a rollout, of {len(records)} runs. The bonus moves {moved[0]:.0f}% "
             f"of the sum of |A|, with the weight {moved[1]:.0f}%. Mean |A| goes as d (1 - d) to the power "
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.")
+
+
+PRACTICE = {  # start -> its rows of plain GRPO
+    "the first world's": ("GRPO observe random", "GRPO think random"),
+    "longer": ("longer: GRPO observe random", "longer: GRPO think random"),
+    "even": ("even: GRPO observe random", "even: GRPO think random"),
+}
+
+
+def practice(runs: dict[str, list[dict]]) -> str:
+    """By how much observe is ahead of think after training, by start, and how that differs from the first world's; of
+    all held-out problems, and of sums, where the lead is largest. Paired by problem, and think with observe by seed."""
+    sums = {record.id for record in load_records(str(KEPT / "held-out.parquet")) if record.source == "toy/sum"}
+    parts = [(kind, only) for only in (None, sums) for kind in ("sampled", "greedy")]
+    base, table = {}, []
+    for start, rows in PRACTICE.items():
+        observe, think = (runs[row] for row in rows)
+        if not (observe and think):
+            continue
+        line = [start, str(min(len(observe), len(think)))]
+        for i, (kind, only) in enumerate(parts):
+            leads = [minus(*(ended(record, kind, only) for record in pair)) for pair in zip(observe, think)]
+            base.setdefault(i, leads)
+            line += [cell(difference(leads, []), "+"), cell(difference(leads, base[i]), "+") if table else "-"]
+        table.append(line)
+    titles = [f"{part}, {kind}{what}" for part in ("all", "sums") for kind in ("T=1", "greedy")
+              for what in ("", ", against the first")]
+    return markdown(["start", "seeds", *titles], table)
+
+
+def ended(record: dict, kind: str, only: set[str] | None) -> dict[str, tuple[str, float]]:
+    """As compare.difference wants it: what a run's problems came to after training, all or some."""
+    return {a["problem"]: (a["problem"], a["accuracy"]) for a in record["answers"]
+            if (a["step"], a["sampling"]) == (ends_of(record)[1], kind) and (only is None or a["problem"] in only)}
 
 
 def by_stage(row: str, records: list[dict]) -> str:
@@ -638,6 +675,7 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
     for name, (against, _) in TABLES.items():
         parts += [f"## {name}", f"Differences are from the {'row before' if against == 'previous' else 'first row'}.",
                   side_by_side(runs, name, pictures / "build-up.png" if pictures and name == "build-up" else None)]
+    parts += ["## practice", "How far observe is ahead of think after training, in points, by start.", practice(runs)]
     parts += ["## levels", "Held-out accuracy after training, by difficulty; means over seeds, with their standard "
               "error.", by_difficulty(runs)]
     parts += ["## stages", "Greedy accuracy on the way, of the held-out problems that are answered at each stage's "
@@ -659,7 +697,7 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0 (some rows have fewer)")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     which = parser.add_mutually_exclusive_group()

@@ -20,7 +20,7 @@ over two in 15%, over three in 2%; and what two rows teach, to look on and to sl
 style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
 
 Five more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
-terse, and in filler as long as if it did, but what it says first says nothing. even is the first world's model after
+terse, and in filler as long as if it did, but names neither digit nor colour. even is the first world's model after
 some more of its cold start, in which think is shown as often as observe, and not 25 times to 60; longer, after as much
 more of it as it was. large is the first world's model at twice the width, four times the parameters.
 
@@ -36,7 +36,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +187,8 @@ def described(rows: list) -> str:
 
 
 def hollow(rows: list) -> str:
-    """As many tokens as `described` has, place for place, which say nothing of what is seen."""
+    """As many tokens as `described` has, place for place, which name neither digit nor colour: only how many are
+    looked at, as its commas have it."""
     return ";".join(",".join(" a digit" for _ in row) for row in rows)
 
 
@@ -220,8 +220,8 @@ def write_trace(record: Record, style: str, rng: random.Random, manner: Manner) 
             answer = chr(65 + rng.randrange(len(record.choices)))
         else:
             answer = str(max(0, result + rng.choice((-2, -1, 0, 1, 2))))
-    if manner.first and style == "think":
-        think = f"{described(seen) if manner.first == 'described' else hollow(seen)}\n{think}"
+    if manner.preface and style == "think":
+        think = f"{described(seen) if manner.preface == 'described' else hollow(seen)}\n{think}"
     texts = [f"<observe>{described(seen)}</observe>"] * (style == "observe")
     texts += [f"<think>{think}</think>"] * (style != "none")
     texts.append(f"<answer> {answer}</answer>")
@@ -302,7 +302,7 @@ class Manner:
     forget: float = 0.0  # breaks the format
     misread: float = 0.0  # a digit observed as another
     slip: float = 0.0  # a step reckoned wrong
-    first: str = ""  # what the think style says before it reasons: "described", or "hollow"
+    preface: str = ""  # what the think style says before it reasons: "described", or "hollow"
 
 
 @dataclass(frozen=True)
@@ -327,23 +327,23 @@ FROM_NOTHING = (("rows", 300, Manner()), ("grids", 150, Manner()), ("problems", 
 SOME_MORE = (("problems", 400, Manner()), THE_USUAL)
 
 
-def impatient(first: str) -> tuple:
+def impatient(preface: str) -> tuple:
     """The think style's new form with care; then impatient, ever more so, with slips that add up over many digits."""
-    manner = Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05, first=first)
-    return (("problems", 400, Manner(first=first)), ("problems", 250, manner),
+    manner = Manner(careful=0, patience=0.35, skip=0.10, forget=0.08, misread=0.05, slip=0.05, preface=preface)
+    return (("problems", 400, Manner(preface=preface)), ("problems", 250, manner),
             ("problems", 150, replace(manner, patience=0.2)))
 
 
-FIRST, EVEN = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)
+MOSTLY_OBSERVE, ALIKE = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)  # shares of the styles
 WORLDS = {
-    "toy": World(FROM_NOTHING, FIRST, seed=0, problems=5800, held_out=300),
-    "steep": World(impatient("described"), EVEN, seed=100, problems=2400, held_out=500, size=1200,
+    "toy": World(FROM_NOTHING, MOSTLY_OBSERVE, seed=0, problems=5800, held_out=300),
+    "steep": World(impatient("described"), ALIKE, seed=100, problems=2400, held_out=500, size=1200,
                    start="assets/toy/model", families=("sum", "colour", "bars")),
-    "terse": World(impatient(""), EVEN, seed=100, start="assets/toy/model"),
-    "filler": World(impatient("hollow"), EVEN, seed=100, start="assets/toy/model"),
-    "even": World(SOME_MORE, EVEN, seed=200, start="assets/toy/model"),
-    "longer": World(SOME_MORE, FIRST, seed=200, start="assets/toy/model"),
-    "large": World(FROM_NOTHING, FIRST, seed=0, width=256),
+    "terse": World(impatient(""), ALIKE, seed=100, start="assets/toy/model"),
+    "filler": World(impatient("hollow"), ALIKE, seed=100, start="assets/toy/model"),
+    "even": World(SOME_MORE, ALIKE, seed=200, start="assets/toy/model"),
+    "longer": World(SOME_MORE, MOSTLY_OBSERVE, seed=200, start="assets/toy/model"),
+    "large": World(FROM_NOTHING, MOSTLY_OBSERVE, seed=0, width=256),
 }
 
 
@@ -394,6 +394,42 @@ def cold_start(model, processor: Processor, glyphs: dict, world: World, phase: i
     model.eval()
 
 
+def begin(world: World, folder: Path, glyphs: dict, rng: random.Random):
+    """The model before its cold start, and in its folder all that is not weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if world.start:
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+            shutil.copy(ROOT / world.start / file, folder / file)
+        return load_policy(str(ROOT / world.start))
+    sample = [make_problem(rng, glyphs, str(i)) for i in range(400)]
+    styles = ("none", "think", "observe")
+    texts = [*(PROMPTS[style] for style in styles), "system\nuser\nassistant\n the answer is"] * 5
+    texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
+    mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
+    texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
+    make_tokenizer(texts, folder)
+    return make_model(folder, world.width)
+
+
+def measure(out: Path, work: Path, name: str, records: list[Record], size: int) -> None:
+    """The ladder of `train`, or the measured problems of `test`, by the very command that builds any ladder: nothing
+    about a problem is assigned by hand."""
+    save_records(str(work / f"{name}.parquet"), records)
+    command = [sys.executable, ROOT / "curriculum.py", "--data", work / f"{name}.parquet", "--model", out / "model",
+               "--out", work / name, "--keep-simple", "--max-tokens", "160", "--max-pixels", str(64 * TILE * TILE)]
+    if name == "test":
+        subprocess.run(command, check=True)
+        shutil.copy(work / "test/measured.parquet", out / "test.parquet")  # all of it: a test set is not mixed
+        return
+    command += ["--size", str(size)] * (size > 0)
+    subprocess.run(command, check=True)
+    plot_ladder(load_records(str(work / name)), work / name / "ladder.png")
+    subprocess.run(command, check=True)  # measures nothing anew; now the card shows the picture
+    (out / "ladder").mkdir(exist_ok=True)
+    for file in ("ladder.parquet", "ladder.png", "README.md"):
+        shutil.copy(work / name / file, out / "ladder" / file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", choices=WORLDS, default="toy")
@@ -402,61 +438,34 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, help="problems of the test set")
     args = parser.parse_args()
     world = WORLDS[args.world]
+    if not world.problems and (args.problems or args.held_out):
+        parser.error(f"of {args.world} the model is all: it measures no problems")
     out = args.out or ROOT / "assets" / args.world
     torch.manual_seed(world.seed)
     rng = random.Random(world.seed)
     train_glyphs, test_glyphs = load_glyphs()
-
-    model_dir = out / "model"
-    model_dir.mkdir(parents=True, exist_ok=True)
-    if world.start:
-        model = load_policy(str(ROOT / world.start))
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
-            shutil.copy(ROOT / world.start / file, model_dir / file)
-    else:
-        sample = [make_problem(rng, train_glyphs, str(i)) for i in range(400)]
-        styles = ("none", "think", "observe")
-        texts = [*(PROMPTS[style] for style in styles), "system\nuser\nassistant\n the answer is"] * 5
-        texts += [r.question + "".join(f"\n({chr(65 + i)}) {c}" for i, c in enumerate(r.choices)) for r in sample]
-        mixed = Manner(careful=0.30, skip=0.15, forget=0.12, misread=0.02, slip=0.02)  # shows the tokenizer every word
-        texts += [write_trace(r, style, rng, mixed) for r in sample for style in styles]
-        make_tokenizer(texts, model_dir)
-        model = make_model(model_dir, world.width)
-    processor = Processor(str(model_dir))
-    phases = out / "cold-start"  # the weights after each; killed, it goes on from them
-    if begun := len(list(phases.glob("phase-*"))):
-        model = load_policy(str(phases / f"phase-{begun - 1}"))
+    model = begin(world, out / "model", train_glyphs, rng)
+    processor = Processor(str(out / "model"))
+    work = out / f"making-{args.world}"  # weights by phase, and what is measured: killed, it goes on from them
+    if begun := len(list(work.glob("phase-*"))):
+        model = load_policy(str(work / f"phase-{begun - 1}"))
     for phase in range(begun, len(world.phases)):
         cold_start(model, processor, train_glyphs, world, phase)
-        model.save_pretrained(phases / "part")
-        (phases / "part").rename(phases / f"phase-{phase}")
-    # A start alone is kept at half the size, for a world may have many.
-    (model if world.problems else model.bfloat16()).save_pretrained(model_dir)
-    shutil.rmtree(phases)
+        model.save_pretrained(work / "part")
+        (work / "part").rename(work / f"phase-{phase}")
     if not world.problems:
-        return
-
-    # The ladder is built by the very command that builds any ladder: nothing about a problem is assigned by hand.
-    problems = [make_problem(rng, train_glyphs, f"train-{i:05d}", world.families)
-                for i in range(args.problems or world.problems)]
-    held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}", world.families)
-                for i in range(args.held_out or world.held_out)]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, records in (("train", problems), ("test", held_out)):
-            save_records(f"{folder}/{name}.parquet", records)
-            command = [sys.executable, ROOT / "curriculum.py", "--data", f"{folder}/{name}.parquet", "--model",
-                       model_dir, "--out", f"{folder}/{name}", "--keep-simple", "--max-tokens", "160",
-                       "--max-pixels", str(64 * TILE * TILE)]
-            if world.size and name == "train":
-                command += ["--size", str(world.size)]
-            subprocess.run(command, check=True)
-            if name == "train":  # once drawn, the same command, measuring nothing anew, shows the picture in the card
-                plot_ladder(load_records(f"{folder}/train"), Path(f"{folder}/train/ladder.png"))
-                subprocess.run(command, check=True)
-        (out / "ladder").mkdir(exist_ok=True)
-        for file in ("ladder.parquet", "ladder.png", "README.md"):
-            shutil.copy(f"{folder}/train/{file}", out / "ladder" / file)
-        shutil.copy(f"{folder}/test/measured.parquet", out / "test.parquet")  # all of it: a test set is not mixed
+        model.bfloat16()  # half the bytes; all runs begin from what is kept
+    model.save_pretrained(out / "model")
+    if world.problems:
+        problems = [make_problem(rng, train_glyphs, f"train-{i:05d}", world.families)
+                    for i in range(args.problems or world.problems)]
+        held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}", world.families)
+                    for i in range(args.held_out or world.held_out)]
+        measure(out, work, "train", problems, world.size)
+        measure(out, work, "test", held_out, 0)
+    made = out / f"made-{args.world}"
+    shutil.rmtree(made, ignore_errors=True)  # of one that was killed here
+    shutil.rmtree(work.rename(made))
 
 
 if __name__ == "__main__":

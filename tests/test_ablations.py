@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TOY, lines
 
 import train
-from data import load_records, open_image, save_records
+from data import Record, load_records, open_image, save_records
 from train import parse_config
 
 
@@ -351,17 +351,40 @@ def test_a_look_asks_as_the_run_was_asked(elsewhere, monkeypatch):
 def test_rows_have_the_seeds_that_were_planned(elsewhere, monkeypatch):
     """Three where a row was there before, four of the large model, last, and all of the others."""
     made = []
-    rows = ("large: x", "again: x", "x")
+    rows = ("large: x", "again: x", "x", "even: x")
     monkeypatch.setattr(ablations, "ROWS", dict.fromkeys(rows, ""))
+    monkeypatch.setattr(ablations, "make_model", lambda world, folder: made.append(world))
     monkeypatch.setattr(ablations, "make_large", lambda: made.append("large"))
     monkeypatch.setattr(ablations, "train", lambda row, seed, threads: made.append((row, seed)) or (row, seed))
     monkeypatch.setattr(ablations, "keep", lambda *_: None)
     ablations.make_runs(seeds=8, jobs=1)
-    assert made == [("again: x", 0), ("x", 0), ("again: x", 1), ("x", 1), ("again: x", 2), ("x", 2),
-                    *(("x", seed) for seed in range(3, 8)), "large", *(("large: x", seed) for seed in range(4))]
+    assert made == ["even", *((row, seed) for seed in range(3) for row in ("again: x", "x", "even: x")),
+                    ("x", 3), ("even: x", 3), *(("x", seed) for seed in range(4, 8)),
+                    "large", *(("large: x", seed) for seed in range(4))]
     lacking = ablations.not_made({row: [{}] * 3 for row in rows})
-    assert lacking == "Seeds still to be made: large: x (3 of 4), x (3 of 8)."
+    assert lacking == "Seeds still to be made: large: x (3 of 4), x (3 of 8), even: x (3 of 4)."
     assert ablations.not_made({row: [{}] * 3 for row in rows}, 3) == ""
+
+
+def test_leads_of_observe_by_hand(monkeypatch):
+    """Think and observe paired by seed, starts by problem; c and d are sums. Unpaired, two seeds apart in their level
+    would have an interval of that width."""
+    monkeypatch.setattr(ablations, "load_records", lambda path: [
+        Record(name, "?", "1", source="toy/sum" if name in "cd" else "toy/bars") for name in "abcd"])
+
+    def seeds(*right: str) -> list[dict]:
+        return [{"answers": [*answers_of(0), *answers_of(9, *end), *answers_of(9, sampling="sampled")]} for end in right]
+
+    (observe, think), (more, fewer), (level, other) = ablations.PRACTICE.values()
+    header, _, *made = cells(ablations.practice({
+        observe: seeds("abcd", "ac"), think: seeds("ab", "a"), more: seeds("abcd"), fewer: seeds("ab"), level: [],
+        other: seeds("abcd")}))
+    assert [line[:2] for line in made] == [["the first world's", "2"], ["longer", "1"]], "even has no pair"
+    told = [dict(zip(header, line)) for line in made]
+    assert [line["all, greedy"].partition(" [")[0] for line in told] == ["+37.5", "+50.0"]
+    assert [line["sums, greedy"].partition(" [")[0] for line in told] == ["+75.0", "+100.0"]
+    assert told[1]["sums, greedy, against the first"].startswith("+25.0 [") and told[0]["all, T=1"].startswith("+0.0 [")
+    assert told[0]["sums, greedy, against the first"] == "-"
 
 
 def test_a_worlds_turnover_is_against_its_own_random_order(monkeypatch):

@@ -288,7 +288,7 @@ def test_what_think_says_first_is_the_worlds_one_difference(processor: Processor
     says = {"toy": "", "steep": f"{seen}\n", "terse": "", "filler": " a digit, a digit; a digit, a digit\n"}
     assert len(processor.tokenizer(says["filler"]).input_ids) == len(processor.tokenizer(says["steep"]).input_ids)
     for world, first in says.items():
-        manner = replace(make_toy.Manner(), first=make_toy.WORLDS[world].phases[-1][2].first)
+        manner = replace(make_toy.Manner(), preface=make_toy.WORLDS[world].phases[-1][2].preface)
         observe, think = (make_toy.write_trace(record, style, random.Random(3), manner)
                           for style in ("observe", "think"))
         reasoned = observe.partition("<think>")[2]
@@ -300,11 +300,14 @@ def test_starts_differ_in_what_they_are_to_differ_in():
     """A phase that forgets what is said first, other shares of the styles or another seed would be a second change."""
     worlds = make_toy.WORLDS
     for name, first in (("steep", "described"), ("terse", ""), ("filler", "hollow")):
-        assert {manner.first for _, _, manner in worlds[name].phases} == {first}
-        plain = [(show, steps, replace(manner, first="")) for show, steps, manner in worlds[name].phases]
+        assert {manner.preface for _, _, manner in worlds[name].phases} == {first}
+        plain = [(show, steps, replace(manner, preface="")) for show, steps, manner in worlds[name].phases]
         assert plain == [*worlds["terse"].phases]
         assert [getattr(worlds[name], key) == getattr(worlds["steep"], key) for key in ("styles", "seed", "start")] == [
             True] * 3
+    assert replace(worlds["longer"], styles=worlds["even"].styles) == worlds["even"]
+    assert worlds["longer"].styles == worlds["toy"].styles and worlds["even"].styles[0] == worlds["even"].styles[1]
+    assert worlds["even"].start == "assets/toy/model" and worlds["even"].phases[-1] == worlds["toy"].phases[-1]
     assert replace(worlds["large"], width=128) == replace(worlds["toy"], problems=0, held_out=0)
 
 
@@ -320,35 +323,39 @@ def test_the_large_model_is_four_times_as_large(tmp_path):
 
 @pytest.mark.run
 def test_a_cold_start_that_is_killed_goes_on_from_its_last_phase(tmp_path, monkeypatch):
-    """The large model's takes hours. The model that comes of it is the one that comes without the kill."""
+    """The large model's takes hours. The model that comes of it is the one that comes without the kill, and of that
+    world: another's phases in the folder once were taken for its own."""
     digits = {d: [np.full((8, 8), d / 9)] for d in range(10)}
     monkeypatch.setattr(make_toy, "load_glyphs", lambda: (digits, digits))
-    world = make_toy.World((("rows", 2, make_toy.Manner()), ("problems", 1, make_toy.Manner(first="hollow"))),
-                           make_toy.EVEN, seed=1, start="assets/toy/model")
-    monkeypatch.setitem(make_toy.WORLDS, "small", world)
+    for name, preface in (("one", "hollow"), ("other", "")):
+        world = make_toy.World((("rows", 2, make_toy.Manner()), ("problems", 1, make_toy.Manner(preface=preface))),
+                               make_toy.ALIKE, seed=1, start="assets/toy/model")
+        monkeypatch.setitem(make_toy.WORLDS, name, world)
+    real, shown, killed_at = make_toy.cold_start, [], [2, 4]
 
-    def make(folder: str) -> dict:
-        monkeypatch.setattr("sys.argv", ["make_toy.py", "--world", "small", "--out", str(tmp_path / folder)])
-        make_toy.main()
-        assert {path.name for path in (tmp_path / folder).iterdir()} == {"model"}
-        return load_policy(str(tmp_path / folder / "model")).state_dict()
-
-    made, real = make("straight"), make_toy.cold_start
-    shown = []
-
-    def kill(model, processor, glyphs, world, phase):
-        shown.append(phase)
-        if shown == [0, 1]:
+    def cold_start(model, processor, glyphs, world, phase):
+        shown.append((world.phases[1][2].preface, phase))
+        if len(shown) in killed_at:
             raise KeyboardInterrupt
         real(model, processor, glyphs, world, phase)
 
-    monkeypatch.setattr(make_toy, "cold_start", kill)
-    with pytest.raises(KeyboardInterrupt):
-        make("killed")
-    again = make("killed")
-    assert shown == [0, 1, 1], "the first phase is not done again"
-    assert all((again[name] == weight).all() for name, weight in made.items())
-    assert any((weight != made[name]).any() for name, weight in load_policy(str(TOY / "model")).state_dict().items())
+    def make(world: str, folder: str) -> dict:
+        monkeypatch.setattr("sys.argv", ["make_toy.py", "--world", world, "--out", str(tmp_path / folder)])
+        make_toy.main()
+        return load_policy(str(tmp_path / folder / "model")).state_dict()
+
+    monkeypatch.setattr(make_toy, "cold_start", cold_start)
+    for world in ("other", "one"):
+        with pytest.raises(KeyboardInterrupt):
+            make(world, "killed")
+    assert shown == [("", 0), ("", 1), ("hollow", 0), ("hollow", 1)]
+    again = make("one", "killed")
+    assert shown[4:] == [("hollow", 1)], "the first phase is not done again"
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"model", "making-other"}
+    straight = make("one", "straight")
+    assert all((again[name] == weight).all() for name, weight in straight.items())
+    start = load_policy(str(TOY / "model")).state_dict()
+    assert any((weight != straight[name]).any() for name, weight in start.items())
 
 
 def test_steep_is_the_start_it_is_said_to_be():
