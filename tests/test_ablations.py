@@ -372,8 +372,8 @@ def test_leads_of_observe_by_hand(monkeypatch):
     monkeypatch.setattr(ablations, "load_records", lambda path: [
         Record(name, "?", "1", source="toy/sum" if name in "cd" else "toy/bars") for name in "abcd"])
 
-    def seeds(*right: str) -> list[dict]:
-        return [{"answers": [*answers_of(0), *answers_of(9, *end), *answers_of(9, sampling="sampled")]} for end in right]
+    def seeds(*ends: str) -> list[dict]:
+        return [{"answers": [*answers_of(0), *answers_of(9, *e), *answers_of(9, sampling="sampled")]} for e in ends]
 
     (observe, think), (more, fewer), (level, other) = ablations.PRACTICE.values()
     header, _, *made = cells(ablations.practice({
