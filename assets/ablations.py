@@ -70,6 +70,7 @@ ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"),
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
 WORLDS = ("steep", "filler", "terse", "even", "longer", "large")  # beside the first: the word before the colon of a row
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
+HELD_OUT = KEPT / "held-out.parquet"  # as it was measured for the first runs
 LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
 SEEDS, FEWER = 8, {"again": 3, "even": 4, "longer": 4, "large": 4}  # of each row; of those with this word first
 FIRST = {  # name -> what differs from the full method
@@ -160,7 +161,7 @@ def make_held_out(count: int) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     if count == 1000:
         TEST.parent.mkdir(exist_ok=True)
-        shutil.copy(KEPT / "held-out.parquet", TEST)
+        shutil.copy(HELD_OUT, TEST)
         return
     from make_toy import load_glyphs, make_problem
 
@@ -496,7 +497,7 @@ PRACTICE = {  # start -> its rows of plain GRPO
 def practice(runs: dict[str, list[dict]]) -> str:
     """By how much observe is ahead of think after training, by start, and how that differs from the first world's; of
     all held-out problems, and of sums, where the lead is largest. Paired by problem, and think with observe by seed."""
-    sums = {record.id for record in load_records(str(KEPT / "held-out.parquet")) if record.source == "toy/sum"}
+    sums = {record.id for record in load_records(str(HELD_OUT)) if record.source == "toy/sum"}
     parts = [(kind, only) for only in (None, sums) for kind in ("sampled", "greedy")]
     base, table = {}, []
     for start, rows in PRACTICE.items():
