@@ -517,8 +517,9 @@ def practice(runs: dict[str, list[dict]]) -> str:
 
 def ended(record: dict, kind: str, only: set[str] | None) -> dict[str, tuple[str, float]]:
     """As compare.difference wants it: what a run's problems came to after training, all or some."""
+    _, last = ends_of(record)
     return {a["problem"]: (a["problem"], a["accuracy"]) for a in record["answers"]
-            if (a["step"], a["sampling"]) == (ends_of(record)[1], kind) and (only is None or a["problem"] in only)}
+            if (a["step"], a["sampling"]) == (last, kind) and (only is None or a["problem"] in only)}
 
 
 def by_stage(row: str, records: list[dict]) -> str:
