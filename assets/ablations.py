@@ -167,9 +167,15 @@ def make_held_out(count: int) -> None:
 
     rng, (_, glyphs) = random.Random(1), load_glyphs()
     save_records(str(OUT / "held-out.parquet"), [make_problem(rng, glyphs, f"held-out-{i:04d}") for i in range(count)])
-    if run("curriculum.py", "--data", OUT / "held-out.parquet", "--model", TOY / "model", "--out", TEST.parent,
-           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, log=OUT / "held-out.log"):
-        sys.exit(f"the held-out problems could not be measured: see {OUT / 'held-out.log'}")
+    measure(OUT / "held-out.parquet", TOY / "model", TEST.parent)
+
+
+def measure(problems: Path, model: Path, out: Path, *more) -> None:
+    """Difficulties, and a ladder, as the first world's were made."""
+    log = out.with_suffix(".log")
+    if run("curriculum.py", "--data", problems, "--model", model, "--out", out, "--keep-simple", "--max-tokens", 160,
+           "--max-pixels", 64 * 28 * 28, *more, log=log):
+        sys.exit(f"{problems} could not be measured: see {log}")
 
 
 def run(*command, log: Path | None = None, threads: int | None = None) -> int:
@@ -197,9 +203,9 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
 
 
-def make_model(world: str, folder: Path) -> None:
+def make_model(world: str) -> None:
     """A start that is too large to be kept, or one too many; one that is there whole is taken as it is."""
-    log = OUT / f"{world}.log"
+    folder, log = OUT / world, OUT / f"{world}.log"
     if (folder / "model/model.safetensors").exists() and not (folder / f"making-{world}").exists():
         return
     print(f"the model of {world}, see {log}", flush=True)
@@ -209,16 +215,13 @@ def make_model(world: str, folder: Path) -> None:
 
 def make_large() -> None:
     """The large model, and a ladder of the first world's 1,899 problems, as hard as they are for it."""
-    log = OUT / "large.log"
     if (LARGE / "ladder/ladder.parquet").exists():
         return
-    make_model("large", LARGE)
+    make_model("large")
     same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(TOY / "ladder"))]
     save_records(str(LARGE / "problems.parquet"), same)
-    if run("curriculum.py", "--data", LARGE / "problems.parquet", "--model", LARGE / "model", "--out", LARGE / "ladder",
-           "--keep-simple", "--max-tokens", 160, "--max-pixels", 64 * 28 * 28, "--low-complexity", 0, "--size",
-           len(same), log=log):  # (all of them, but for a few where the levels are uneven)
-        sys.exit(f"the large model's ladder could not be measured: see {log}")
+    # (All of them, but for a few where the levels are uneven.)
+    measure(LARGE / "problems.parquet", LARGE / "model", LARGE / "ladder", "--low-complexity", 0, "--size", len(same))
 
 
 def make_grey() -> None:
@@ -299,7 +302,7 @@ def make_runs(seeds: int, jobs: int) -> None:
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
     for world in ("even", "longer"):
         if any(world_of(row) == world for row, _ in missing):
-            make_model(world, OUT / world)
+            make_model(world)
     large = [(row, seed) for row, seed in missing if world_of(row) == "large"]
     make_some([(row, seed) for row, seed in missing if world_of(row) != "large"], jobs)
     if large:
@@ -495,8 +498,9 @@ PRACTICE = {  # start -> its rows of plain GRPO
 
 
 def practice(runs: dict[str, list[dict]]) -> str:
-    """By how much observe is ahead of think after training, by start, and how that differs from the first world's; of
-    all held-out problems, and of sums, where the lead is largest. Paired by problem, and think with observe by seed."""
+    """By how much observe is ahead of think after training, by start, as the rows' own table has it; and how that lead,
+    taken seed by seed, differs from the first world's, paired by problem. Of all held-out problems, and of sums, where
+    it is largest."""
     sums = {record.id for record in load_records(str(HELD_OUT)) if record.source == "toy/sum"}
     parts = [(kind, only) for only in (None, sums) for kind in ("sampled", "greedy")]
     base, table = {}, []
@@ -504,11 +508,14 @@ def practice(runs: dict[str, list[dict]]) -> str:
         observe, think = (runs[row] for row in rows)
         if not (observe and think):
             continue
-        line = [start, str(min(len(observe), len(think)))]
+        pairs = [(one, other) for one in observe for other in think if one["seed"] == other["seed"]]
+        line = [start, str(len(pairs))]
         for i, (kind, only) in enumerate(parts):
-            leads = [minus(*(ended(record, kind, only) for record in pair)) for pair in zip(observe, think)]
+            ends = [[ended(record, kind, only) for record in pair] for pair in pairs]
+            leads = [minus(*pair) for pair in ends]
             base.setdefault(i, leads)
-            line += [cell(difference(leads, []), "+"), cell(difference(leads, base[i]), "+") if table else "-"]
+            line += [cell(difference(*map(list, zip(*ends))), "+"),
+                     cell(difference(leads, base[i]), "+") if table else "-"]
         table.append(line)
     titles = [f"{part}, {kind}{what}" for part in ("all", "sums") for kind in ("T=1", "greedy")
               for what in ("", ", against the first")]

@@ -411,23 +411,14 @@ def begin(world: World, folder: Path, glyphs: dict, rng: random.Random):
     return make_model(folder, world.width)
 
 
-def measure(out: Path, work: Path, name: str, records: list[Record], size: int) -> None:
-    """The ladder of `train`, or the measured problems of `test`, by the very command that builds any ladder: nothing
-    about a problem is assigned by hand."""
-    save_records(str(work / f"{name}.parquet"), records)
-    command = [sys.executable, ROOT / "curriculum.py", "--data", work / f"{name}.parquet", "--model", out / "model",
-               "--out", work / name, "--keep-simple", "--max-tokens", "160", "--max-pixels", str(64 * TILE * TILE)]
-    if name == "test":
-        subprocess.run(command, check=True)
-        shutil.copy(work / "test/measured.parquet", out / "test.parquet")  # all of it: a test set is not mixed
-        return
-    command += ["--size", str(size)] * (size > 0)
-    subprocess.run(command, check=True)
-    plot_ladder(load_records(str(work / name)), work / name / "ladder.png")
-    subprocess.run(command, check=True)  # measures nothing anew; now the card shows the picture
-    (out / "ladder").mkdir(exist_ok=True)
-    for file in ("ladder.parquet", "ladder.png", "README.md"):
-        shutil.copy(work / name / file, out / "ladder" / file)
+def measure(problems: Path, model: Path, size: int = 0) -> Path:
+    """Folder beside the problems with their difficulties and a ladder, by the very command that builds any ladder:
+    nothing about a problem is assigned by hand."""
+    out = problems.with_suffix("")
+    command = [sys.executable, ROOT / "curriculum.py", "--data", problems, "--model", model, "--out", out,
+               "--keep-simple", "--max-tokens", "160", "--max-pixels", str(64 * TILE * TILE)]
+    subprocess.run(command + ["--size", str(size)] * (size > 0), check=True)
+    return out
 
 
 def main() -> None:
@@ -461,8 +452,16 @@ def main() -> None:
                     for i in range(args.problems or world.problems)]
         held_out = [make_problem(rng, test_glyphs, f"test-{i:04d}", world.families)
                     for i in range(args.held_out or world.held_out)]
-        measure(out, work, "train", problems, world.size)
-        measure(out, work, "test", held_out, 0)
+        for name, records in (("train", problems), ("test", held_out)):
+            save_records(str(work / f"{name}.parquet"), records)
+        ladder = measure(work / "train.parquet", out / "model", world.size)
+        plot_ladder(load_records(str(ladder)), ladder / "ladder.png")
+        measure(work / "train.parquet", out / "model", world.size)  # nothing anew; now the card shows the picture
+        (out / "ladder").mkdir(exist_ok=True)
+        for file in ("ladder.parquet", "ladder.png", "README.md"):
+            shutil.copy(ladder / file, out / "ladder" / file)
+        tested = measure(work / "test.parquet", out / "model")
+        shutil.copy(tested / "measured.parquet", out / "test.parquet")  # all of it: a test set is not mixed
     made = out / f"made-{args.world}"
     shutil.rmtree(made, ignore_errors=True)  # of one that was killed here
     shutil.rmtree(work.rename(made))

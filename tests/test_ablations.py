@@ -353,7 +353,7 @@ def test_rows_have_the_seeds_that_were_planned(elsewhere, monkeypatch):
     made = []
     rows = ("large: x", "again: x", "x", "even: x")
     monkeypatch.setattr(ablations, "ROWS", dict.fromkeys(rows, ""))
-    monkeypatch.setattr(ablations, "make_model", lambda world, folder: made.append(world))
+    monkeypatch.setattr(ablations, "make_model", made.append)
     monkeypatch.setattr(ablations, "make_large", lambda: made.append("large"))
     monkeypatch.setattr(ablations, "train", lambda row, seed, threads: made.append((row, seed)) or (row, seed))
     monkeypatch.setattr(ablations, "keep", lambda *_: None)
@@ -367,18 +367,18 @@ def test_rows_have_the_seeds_that_were_planned(elsewhere, monkeypatch):
 
 
 def test_leads_of_observe_by_hand(monkeypatch):
-    """Think and observe paired by seed, starts by problem; c and d are sums. Unpaired, two seeds apart in their level
-    would have an interval of that width."""
+    """Think and observe of one seed, which need not be those at hand first; starts by problem; c and d are sums."""
     monkeypatch.setattr(ablations, "load_records", lambda path: [
         Record(name, "?", "1", source="toy/sum" if name in "cd" else "toy/bars") for name in "abcd"])
 
     def seeds(*ends: str) -> list[dict]:
-        return [{"answers": [*answers_of(0), *answers_of(9, *e), *answers_of(9, sampling="sampled")]} for e in ends]
+        return [{"seed": seed, "answers": [*answers_of(0), *answers_of(9, *end), *answers_of(9, sampling="sampled")]}
+                for seed, end in enumerate(ends)]
 
     (observe, think), (more, fewer), (level, other) = ablations.PRACTICE.values()
     header, _, *made = cells(ablations.practice({
-        observe: seeds("abcd", "ac"), think: seeds("ab", "a"), more: seeds("abcd"), fewer: seeds("ab"), level: [],
-        other: seeds("abcd")}))
+        observe: seeds("abcd", "ac"), think: seeds("ab", "a"), more: seeds("", "abcd")[1:], fewer: seeds("", "ab"),
+        level: [], other: seeds("abcd")}))
     assert [line[:2] for line in made] == [["the first world's", "2"], ["longer", "1"]], "even has no pair"
     told = [dict(zip(header, line)) for line in made]
     assert [line["all, greedy"].partition(" [")[0] for line in told] == ["+37.5", "+50.0"]
