@@ -366,6 +366,8 @@ def cold_start(model, processor: Processor, glyphs: dict, world: World, phase: i
     show, steps, manner = world.phases[phase]
     rng = random.Random(world.seed + phase)
     model.train()
+    if world.lean:
+        model.set_attn_implementation("eager")  # the fused kernel's backward is slow in bf16 on a CPU
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     start = time.time()
     for step in range(steps):
