@@ -134,7 +134,7 @@ TABLES = {
     "terse": ("first", ["terse: Observe-R1 think random", "terse: Observe-R1 random"]),
     "even": ("first", ["even: GRPO think random", "even: GRPO observe random"]),
     "longer": ("first", ["longer: GRPO think random", "longer: GRPO observe random"]),
-    "large": ("first", ["large: GRPO think random", "large: Observe-R1 random", "large: Observe-R1"]),
+    "large": ("previous", ["large: GRPO think random", "large: Observe-R1 random", "large: Observe-R1"]),
     "coin": ("first", ["GRPO observe random", "random rewards"]),
     "grey": ("first", ["Observe-R1 random", "grey pictures"]),
 }
