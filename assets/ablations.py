@@ -297,7 +297,7 @@ def look(row: str, model: Path, out: Path, threads: int) -> None:
 
 
 def make_runs(seeds: int, jobs: int) -> None:
-    """All that are not kept yet; those of the large model last, for it has to be made, which takes hours."""
+    """All that are not kept yet; those of the large model last, for it has to be made, which takes an hour."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
     for world in ("even", "longer"):

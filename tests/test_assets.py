@@ -338,7 +338,7 @@ def test_the_large_model_is_four_times_as_large(tmp_path):
 
 @pytest.mark.run
 def test_a_cold_start_that_is_killed_goes_on_from_its_last_phase(tmp_path, monkeypatch):
-    """The large model's takes hours. The model that comes of it is the one that comes without the kill, and of that
+    """The large model's takes an hour. The model that comes of it is the one that comes without the kill, and of that
     world: another's phases in the folder once were taken for its own."""
     digits = {d: [np.full((8, 8), d / 9)] for d in range(10)}
     monkeypatch.setattr(make_toy, "load_glyphs", lambda: (digits, digits))
