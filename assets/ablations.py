@@ -68,10 +68,11 @@ from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
-WORLDS = ("steep", "filler", "terse", "even", "longer", "large")  # beside the first: the word before the colon of a row
+WORLDS = ("steep", "filler", "terse", "even", "longer", "steeper", "large")  # beside the first: a row's word before :
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
 HELD_OUT = KEPT / "held-out.parquet"  # as it was measured for the first runs
-LARGE = OUT / "large"  # the model of four times the size, and the first world's ladder as it measures it
+# Starts with a ladder of their own: of these problems, as hard as they are for them.
+MEASURED = {"steeper": STEEP / "ladder", "large": TOY / "ladder"}
 SEEDS, FEWER = 8, {"again": 3, "even": 4, "longer": 4, "large": 4}  # of each row; of those with this word first
 FIRST = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -110,6 +111,10 @@ SECOND = {  # noted in ablations/plan.md before they were begun
     "even: GRPO observe random": "--order random --bonus 0 --sigma 0",
     "longer: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "longer: GRPO observe random": "--order random --bonus 0 --sigma 0",
+    "steeper: Observe-R1 random": "--order random",
+    "steeper: Observe-R1": "",
+    "steeper: Observe-R1 review": "--order review",
+    "steeper: Observe-R1 reversed": "--order reverse",
     "large: GRPO think random": "--order random --prompt think --bonus 0 --sigma 0",
     "large: Observe-R1 random": "--order random",
     "large: Observe-R1": "",
@@ -129,6 +134,8 @@ TABLES = {
                            "Observe-R1 adaptive"]),
     "steep": ("first", ["steep: Observe-R1 random", "steep: Observe-R1", "steep: Observe-R1 review",
                         "steep: Observe-R1 reversed"]),
+    "steeper": ("first", ["steeper: Observe-R1 random", "steeper: Observe-R1", "steeper: Observe-R1 review",
+                          "steeper: Observe-R1 reversed"]),
     "tags": ("first", ["steep: Observe-R1 think random", "steep: Observe-R1 random"]),
     "filler": ("first", ["filler: Observe-R1 think random", "filler: Observe-R1 random"]),
     "terse": ("first", ["terse: Observe-R1 think random", "terse: Observe-R1 random"]),
@@ -194,8 +201,8 @@ def world_of(row: str) -> str:
 def inputs_of(row: str) -> tuple[Path, Path, Path]:
     """Model, ladder and held-out problems of a row."""
     world = world_of(row)
-    if world == "large":
-        return LARGE / "model", LARGE / "ladder", TEST
+    if world in MEASURED:
+        return OUT / world / "model", OUT / world / "ladder", STEEP / "test.parquet" if world == "steeper" else TEST
     if world in ("even", "longer"):
         return OUT / world / "model", TOY / "ladder", TEST
     if world:  # (filler and terse are other starts on steep's problems)
@@ -203,25 +210,19 @@ def inputs_of(row: str) -> tuple[Path, Path, Path]:
     return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
 
 
-def make_model(world: str) -> None:
-    """A start that is too large to be kept, or one too many; one that is there whole is taken as it is."""
+def make_world(world: str) -> None:
+    """A start that is too large to be kept, or one too many; what is there whole is taken as it is."""
     folder, log = OUT / world, OUT / f"{world}.log"
-    if (folder / "model/model.safetensors").exists() and not (folder / f"making-{world}").exists():
-        return
-    print(f"the model of {world}, see {log}", flush=True)
-    if run("assets/make_toy.py", "--world", world, "--out", folder, log=log):
-        sys.exit(f"the model of {world} could not be made: see {log}")
-
-
-def make_large() -> None:
-    """The large model, and a ladder of the first world's 1,899 problems, as hard as they are for it."""
-    if (LARGE / "ladder/ladder.parquet").exists():
-        return
-    make_model("large")
-    same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(TOY / "ladder"))]
-    save_records(str(LARGE / "problems.parquet"), same)
-    # (All of them, but for a few where the levels are uneven.)
-    measure(LARGE / "problems.parquet", LARGE / "model", LARGE / "ladder", "--low-complexity", 0, "--size", len(same))
+    if not (folder / "model/model.safetensors").exists() or (folder / f"making-{world}").exists():
+        print(f"the model of {world}, see {log}", flush=True)
+        if run("assets/make_toy.py", "--world", world, "--out", folder, log=log):
+            sys.exit(f"the model of {world} could not be made: see {log}")
+    if world in MEASURED and not (folder / "ladder/ladder.parquet").exists():
+        same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(MEASURED[world]))]
+        save_records(str(folder / "problems.parquet"), same)
+        # (All of them, but for a few where the levels are uneven.)
+        measure(folder / "problems.parquet", folder / "model", folder / "ladder", "--low-complexity", 0, "--size",
+                len(same))
 
 
 def make_grey() -> None:
@@ -300,13 +301,13 @@ def make_runs(seeds: int, jobs: int) -> None:
     """All that are not kept yet; those of the large model last, for it has to be made, which takes an hour."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
-    for world in ("even", "longer"):
+    for world in ("even", "longer", "steeper"):
         if any(world_of(row) == world for row, _ in missing):
-            make_model(world)
+            make_world(world)
     large = [(row, seed) for row, seed in missing if world_of(row) == "large"]
     make_some([(row, seed) for row, seed in missing if world_of(row) != "large"], jobs)
     if large:
-        make_large()
+        make_world("large")
         make_some(large, jobs)
 
 

@@ -19,10 +19,11 @@ those that a glance seldom happens to answer. So a sum over one row is right in 
 over two in 15%, over three in 2%; and what two rows teach, to look on and to slip less, is what three want. Its think
 style describes the picture too, inside <think>, in as many tokens as the observe style does outside.
 
-Five more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
-terse, and in filler as long as if it did, but names neither digit nor colour. even is the first world's model after
-some more of its cold start, in which think is shown as often as observe, and not 25 times to 60; longer, after as much
-more of it as it was. large is the first world's model at twice the width, four times the parameters.
+Six more are models alone. terse and filler are starts like steep, whose think style does not describe: it is short in
+terse, and in filler as long as if it did, but names neither digit nor colour. steeper is steep's model after some more
+impatience. even is the first world's model after some more of its cold start, in which think is shown as often as
+observe, and not 25 times to 60; longer, after as much more of it as it was. large is the first world's model at twice
+the width, four times the parameters.
 
 Everything is drawn from seeded generators: the same command gives the same files (on the same torch and CPU). The
 shipped ladder was measured by an earlier sampler: made anew, single problems come to other difficulties.
@@ -335,6 +336,8 @@ def impatient(preface: str) -> tuple:
             ("problems", 150, replace(manner, patience=0.2)))
 
 
+# steep's last phase once more, and hardly ever on to a second row.
+STEEPER = (("problems", 150, replace(impatient("described")[-1][2], patience=0.03)),)
 MOSTLY_OBSERVE, ALIKE = (0.6, 0.25, 0.15), (0.45, 0.45, 0.1)  # shares of the styles
 WORLDS = {
     "toy": World(FROM_NOTHING, MOSTLY_OBSERVE, seed=0, problems=5800, held_out=300),
@@ -344,6 +347,7 @@ WORLDS = {
     "filler": World(impatient("hollow"), ALIKE, seed=100, start="assets/toy/model"),
     "even": World(SOME_MORE, ALIKE, seed=200, start="assets/toy/model"),
     "longer": World(SOME_MORE, MOSTLY_OBSERVE, seed=200, start="assets/toy/model"),
+    "steeper": World(STEEPER, ALIKE, seed=300, start="assets/steep/model"),
     "large": World(FROM_NOTHING, MOSTLY_OBSERVE, seed=0, width=256, lean=True),
 }
 

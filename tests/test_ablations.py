@@ -272,14 +272,14 @@ def test_a_new_run_takes_over_the_starting_models_answers(elsewhere, finished_ru
 
 
 @pytest.mark.run
-def test_the_large_models_ladder_is_the_same_problems_as_hard_as_it_finds_them(tmp_path, monkeypatch):
+def test_a_start_measures_the_problems_of_another_ladder(tmp_path, monkeypatch):
     """The difficulties that it had would be another model's; the usual size of a ladder leaves most problems out."""
     problems = load_records(str(TOY / "ladder"))[::30]
     save_records(str(tmp_path / "toy/ladder/ladder.parquet"), [replace(r, difficulty=1.0) for r in problems])
     shutil.copytree(TOY / "model", tmp_path / "large/model")
-    for name, folder in (("TOY", "toy"), ("LARGE", "large"), ("OUT", "")):
-        monkeypatch.setattr(ablations, name, tmp_path / folder)
-    ablations.make_large()
+    monkeypatch.setattr(ablations, "MEASURED", {"large": tmp_path / "toy/ladder"})
+    monkeypatch.setattr(ablations, "OUT", tmp_path)
+    ablations.make_world("large")
     model, ladder, _ = ablations.inputs_of("large: Observe-R1")
     assert model == tmp_path / "large/model"
     found = {record.id: record for record in load_records(str(ladder))}
@@ -288,7 +288,7 @@ def test_the_large_models_ladder_is_the_same_problems_as_hard_as_it_finds_them(t
     off = [abs(found[r.id].difficulty - r.difficulty) for r in problems if r.id in found]
     assert sum(off) / len(off) < .15, "measured anew, by what here is the same model"
     written = (ladder / "ladder.parquet").stat().st_mtime_ns
-    ablations.make_large()
+    ablations.make_world("large")
     assert (ladder / "ladder.parquet").stat().st_mtime_ns == written, "once made, it is taken as it is"
 
 
@@ -316,10 +316,11 @@ def test_rows_are_of_the_world_that_they_say():
     """Another world's held-out problems, in all rows of a table alike, would not show in the table."""
     names = {row: [str(path) for path in ablations.inputs_of(row)] for row in ablations.ROWS}
     steep = ["assets/steep/ladder", "assets/steep/test.parquet"]
-    toy, test, large = "assets/toy/ladder", str(ablations.TEST), str(ablations.LARGE)
+    toy, test, out = "assets/toy/ladder", str(ablations.TEST), str(ablations.OUT)
     worlds = {"steep": ["assets/steep/model", *steep], "filler": ["assets/filler/model", *steep],
-              "terse": ["assets/terse/model", *steep], "large": [f"{large}/model", f"{large}/ladder", test],
-              **{name: [str(ablations.OUT / name / "model"), toy, test] for name in ("even", "longer")}}
+              "terse": ["assets/terse/model", *steep], "large": [f"{out}/large/model", f"{out}/large/ladder", test],
+              "steeper": [f"{out}/steeper/model", f"{out}/steeper/ladder", steep[1]],
+              **{name: [f"{out}/{name}/model", toy, test] for name in ("even", "longer")}}
     for row, inputs in names.items():
         ladder = str(ablations.GREY) if row == "grey pictures" else toy
         assert inputs == worlds.get(row.partition(":")[0], ["assets/toy/model", ladder, test]), row
@@ -353,8 +354,7 @@ def test_rows_have_the_seeds_that_were_planned(elsewhere, monkeypatch):
     made = []
     rows = ("large: x", "again: x", "x", "even: x")
     monkeypatch.setattr(ablations, "ROWS", dict.fromkeys(rows, ""))
-    monkeypatch.setattr(ablations, "make_model", made.append)
-    monkeypatch.setattr(ablations, "make_large", lambda: made.append("large"))
+    monkeypatch.setattr(ablations, "make_world", made.append)
     monkeypatch.setattr(ablations, "train", lambda row, seed, threads: made.append((row, seed)) or (row, seed))
     monkeypatch.setattr(ablations, "keep", lambda *_: None)
     ablations.make_runs(seeds=8, jobs=1)

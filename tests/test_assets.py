@@ -323,6 +323,9 @@ def test_starts_differ_in_what_they_are_to_differ_in():
     assert replace(worlds["longer"], styles=worlds["even"].styles) == worlds["even"]
     assert worlds["longer"].styles == worlds["toy"].styles and worlds["even"].styles[0] == worlds["even"].styles[1]
     assert worlds["even"].start == "assets/toy/model" and worlds["even"].phases[-1] == worlds["toy"].phases[-1]
+    [steeper] = worlds["steeper"].phases
+    assert steeper == ("problems", 150, replace(worlds["steep"].phases[-1][2], patience=.03))
+    assert (worlds["steeper"].start, worlds["steeper"].styles) == ("assets/steep/model", worlds["steep"].styles)
     assert replace(worlds["large"], width=128, lean=False) == replace(worlds["toy"], problems=0, held_out=0)
 
 
