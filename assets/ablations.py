@@ -61,18 +61,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from compare import Run, cell, compare_runs, difference, over_seeds, training_run  # noqa: E402
 
-from data import load_records, save_records  # noqa: E402
+from data import load_records, number, save_records  # noqa: E402
 from eval import PICTURES, markdown, other_pictures, read_json, tables, write_json  # noqa: E402
 from rewards import Response, group_rewards  # noqa: E402
 from train import as_kept, environment, parse_config  # noqa: E402
 
 ROOT, OUT, KEPT = Path(__file__).resolve().parent.parent, Path("out/ablations"), Path("assets/ablations")
 TOY, STEEP = Path("assets/toy"), Path("assets/steep")
-WORLDS = ("steep", "filler", "terse", "even", "longer", "steeper", "large")  # beside the first: a row's word before :
+WORLDS = {  # other starts, a row's word before the colon -> whose problems they are asked
+    "steep": STEEP, "filler": STEEP, "terse": STEEP, "even": TOY, "longer": TOY, "steeper": STEEP, "large": TOY}
+MADE = ("even", "longer", "steeper", "large")  # models too many, or too large, to be kept: made before their runs
+MEASURED = ("steeper", "large")  # starts with a ladder of their own: of these problems, as hard as they are for them
 RUNS, TEST, GREY = KEPT / "runs.parquet", OUT / "held-out/measured.parquet", OUT / "grey/ladder.parquet"
 HELD_OUT = KEPT / "held-out.parquet"  # as it was measured for the first runs
-# Starts with a ladder of their own: of these problems, as hard as they are for them.
-MEASURED = {"steeper": STEEP / "ladder", "large": TOY / "ladder"}
 SEEDS, FEWER = 8, {"again": 3, "even": 4, "longer": 4, "large": 4}  # of each row; of those with this word first
 FIRST = {  # name -> what differs from the full method
     "rejection sampling": "--order random --rejection-sampling",
@@ -147,7 +148,9 @@ TABLES = {
 }
 PARTS = {"easy (0 - .25)": (0, .25), "middle": (.375, .625), "hard (.75 - 1)": (.75, 1)}  # difficulty, from and to
 STAGED = tuple(row for row in ROWS if "--order" not in ROWS[row] or re.search("review|sorted|reverse", ROWS[row]))
-STAGES = ("GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 reversed")  # rows with stages to show
+STAGES = (  # rows whose way, stage by stage, is shown
+    "GRPO observe ladder", "Observe-R1", "Observe-R1 sorted", "Observe-R1 reversed", "steep: Observe-R1",
+    "steep: Observe-R1 reversed", "steeper: Observe-R1", "steeper: Observe-R1 reversed")
 LOOKED = tuple(row for row in SECOND if row.startswith("again: ") or row in (
     "grey pictures", "steep: Observe-R1", "steep: Observe-R1 random", "steep: Observe-R1 think random"))
 
@@ -201,13 +204,12 @@ def world_of(row: str) -> str:
 def inputs_of(row: str) -> tuple[Path, Path, Path]:
     """Model, ladder and held-out problems of a row."""
     world = world_of(row)
-    if world in MEASURED:
-        return OUT / world / "model", OUT / world / "ladder", STEEP / "test.parquet" if world == "steeper" else TEST
-    if world in ("even", "longer"):
-        return OUT / world / "model", TOY / "ladder", TEST
-    if world:  # (filler and terse are other starts on steep's problems)
-        return Path("assets") / world / "model", STEEP / "ladder", STEEP / "test.parquet"
-    return TOY / "model", GREY if row == "grey pictures" else TOY / "ladder", TEST
+    problems = WORLDS.get(world, TOY)
+    folder = OUT / world if world in MADE else Path("assets") / (world or "toy")
+    ladder = (folder if world in MEASURED else problems) / "ladder"
+    if row == "grey pictures":
+        ladder = GREY
+    return folder / "model", ladder, TEST if problems == TOY else problems / "test.parquet"
 
 
 def make_world(world: str) -> None:
@@ -218,7 +220,8 @@ def make_world(world: str) -> None:
         if run("assets/make_toy.py", "--world", world, "--out", folder, log=log):
             sys.exit(f"the model of {world} could not be made: see {log}")
     if world in MEASURED and not (folder / "ladder/ladder.parquet").exists():
-        same = [replace(r, difficulty=None, complexity=None, stage=None) for r in load_records(str(MEASURED[world]))]
+        theirs = load_records(str(WORLDS[world] / "ladder"))
+        same = [replace(record, difficulty=None, complexity=None, stage=None) for record in theirs]
         save_records(str(folder / "problems.parquet"), same)
         # (All of them, but for a few where the levels are uneven.)
         measure(folder / "problems.parquet", folder / "model", folder / "ladder", "--low-complexity", 0, "--size",
@@ -298,21 +301,12 @@ def look(row: str, model: Path, out: Path, threads: int) -> None:
 
 
 def make_runs(seeds: int, jobs: int) -> None:
-    """All that are not kept yet; those of the large model last, for it has to be made, which takes an hour."""
+    """All that are not kept yet, `jobs` at a time; each is kept when it ends."""
     done = finished()
     missing = [(row, seed) for seed in range(seeds) for row in ROWS if seed < seeds_of(row) and (row, seed) not in done]
-    for world in ("even", "longer", "steeper"):
+    for world in MADE:
         if any(world_of(row) == world for row, _ in missing):
             make_world(world)
-    large = [(row, seed) for row, seed in missing if world_of(row) == "large"]
-    make_some([(row, seed) for row, seed in missing if world_of(row) != "large"], jobs)
-    if large:
-        make_world("large")
-        make_some(large, jobs)
-
-
-def make_some(missing: list[tuple[str, int]], jobs: int) -> None:
-    """`jobs` at a time; each is kept when it ends."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for row in {row for row, _ in missing if row in LOOKED}:
         look(row, inputs_of(row)[0], start_of(row), os.cpu_count() or 1)
@@ -491,43 +485,53 @@ def mechanisms(runs: dict[str, list[dict]]) -> str:
             f"{powers[0]:.2f}, with the weight {powers[1]:.2f}.")
 
 
-PRACTICE = {  # start -> its rows of plain GRPO
+LEADS = {  # start -> two rows that differ in the prompt alone, observe and think
     "the first world's": ("GRPO observe random", "GRPO think random"),
     "longer": ("longer: GRPO observe random", "longer: GRPO think random"),
     "even": ("even: GRPO observe random", "even: GRPO think random"),
+    "steep": ("steep: Observe-R1 random", "steep: Observe-R1 think random"),
+    "filler": ("filler: Observe-R1 random", "filler: Observe-R1 think random"),
+    "terse": ("terse: Observe-R1 random", "terse: Observe-R1 think random"),
 }
 
 
-def practice(runs: dict[str, list[dict]]) -> str:
-    """By how much observe is ahead of think after training, by start, as the rows' own table has it; and how that lead,
-    taken seed by seed, differs from the first world's, paired by problem. Of all held-out problems, and of sums, where
-    it is largest."""
-    sums = {record.id for record in load_records(str(HELD_OUT)) if record.source == "toy/sum"}
-    parts = [(kind, only) for only in (None, sums) for kind in ("sampled", "greedy")]
-    base, table = {}, []
-    for start, rows in PRACTICE.items():
-        observe, think = (runs[row] for row in rows)
-        if not (observe and think):
-            continue
+def leads(runs: dict[str, list[dict]]) -> str:
+    """By how much observe is ahead of think, by start: before training, after, and what training added; of all
+    held-out problems, and of sums. Where the first world's problems are asked, beside its own lead, paired by problem.
+
+    A lead is taken seed by seed, and what lies between two of them by problem.
+    """
+    first, table = {}, []
+    for start, part, kind in itertools.product(LEADS, ("all", "sums"), ("sampled", "greedy")):
+        problems = WORLDS.get(start, TOY)
+        only = None
+        if part == "sums":
+            held_out = HELD_OUT if problems == TOY else problems / "test.parquet"
+            only = {record.id for record in load_records(str(held_out)) if record.source == "toy/sum"}
+        observe, think = (runs[row] for row in LEADS[start])
         pairs = [(one, other) for one in observe for other in think if one["seed"] == other["seed"]]
-        line = [start, str(len(pairs))]
-        for i, (kind, only) in enumerate(parts):
-            ends = [[ended(record, kind, only) for record in pair] for pair in pairs]
-            leads = [minus(*pair) for pair in ends]
-            base.setdefault(i, leads)
-            line += [cell(difference(*map(list, zip(*ends))), "+"),
-                     cell(difference(leads, base[i]), "+") if table else "-"]
+        if not pairs:
+            continue
+        before, after = ([minus(*(answered(record, end, kind, only) for record in pair)) for pair in pairs]
+                         for end in ("before", "after"))
+        added = [minus(now, then) for now, then in zip(after, before)]
+        line = [start, str(len(pairs)), f"{part}, {'T=1' if kind == 'sampled' else kind}"]
+        line += [cell(difference(lead, []), "+") for lead in (before[:1], after, added)]  # (before, the seeds are one)
+        if start == "the first world's":
+            first[part, kind] = after, added
+        theirs = first.get((part, kind)) if problems == TOY else None
+        for lead, base in zip((after, added), theirs or ([], [])):
+            line.append(cell(difference(lead, base), "+") if theirs and lead is not base else "-")
         table.append(line)
-    titles = [f"{part}, {kind}{what}" for part in ("all", "sums") for kind in ("T=1", "greedy")
-              for what in ("", ", against the first")]
-    return markdown(["start", "seeds", *titles], table)
+    return markdown(["start", "seeds", "of", "before", "after", "added by training", "after, against the first",
+                     "added, against the first"], table)
 
 
-def ended(record: dict, kind: str, only: set[str] | None) -> dict[str, tuple[str, float]]:
-    """As compare.difference wants it: what a run's problems came to after training, all or some."""
-    _, last = ends_of(record)
+def answered(record: dict, end: str, kind: str, only: set[str] | None = None) -> dict[str, tuple[str, float]]:
+    """As compare.difference wants it: what a run's problems came to before or after training, all or some."""
+    step = dict(zip(("before", "after"), ends_of(record)))[end]
     return {a["problem"]: (a["problem"], a["accuracy"]) for a in record["answers"]
-            if (a["step"], a["sampling"]) == (last, kind) and (only is None or a["problem"] in only)}
+            if (a["step"], a["sampling"]) == (step, kind) and (only is None or a["problem"] in only)}
 
 
 def by_stage(row: str, records: list[dict]) -> str:
@@ -577,7 +581,8 @@ def turnover(runs: dict[str, list[dict]]) -> str:
         line = [row, str(len(runs[row]))]
         for part, kind in itertools.product(PARTS, TURNED):
             line.append(over_seeds(in_percent([turned_in(record, part, kind) for record in runs[row]])))
-        base = runs.get(f"{world_of(row)}: Observe-R1 random".removeprefix(": "))
+        world = world_of(row)
+        base = runs.get(f"{world}: Observe-R1 random" if world else "Observe-R1 random")
         for part, kind in AGAINST_RANDOM:
             both = [[{problem: (problem, float(held)) for problem, held in turned_in(record, part, kind).items()}
                      for record in records] for records in (runs[row], base or [])]
@@ -651,19 +656,27 @@ def draw_turnover(runs: dict[str, list[dict]], path: Path) -> None:
 
 def picture_use(runs: dict[str, list[dict]]) -> str:
     """Greedy accuracy with given, grey and swapped pictures, before and after training, and what training added to
-    each; differences are paired by problem."""
+    each, with differences paired by problem; and which share of the right answers survives the other picture."""
     table = []
     for row in (row for row in LOOKED if runs[row]):
         seen = {(end, kind): seen_with(runs[row], end, kind) for end in ("before", "after") for kind in PICTURES}
         for end in ("before", "after"):
             line = [row, str(len(runs[row])), end, cell(difference(seen[end, "given"], []))]
             for kind in PICTURES[1:]:
-                lost = [minus(given, other) for given, other in zip(seen[end, "given"], seen[end, kind])]
-                line += [cell(difference(seen[end, kind], [])), cell(difference(lost, []), "+")]
+                pairs = list(zip(seen[end, "given"], seen[end, kind]))
+                lost = [minus(*pair) for pair in pairs]
+                line += [cell(difference(seen[end, kind], [])), cell(difference(lost, []), "+"),
+                         over_seeds([survive(*pair) for pair in pairs])]
             table.append(line)
         gains = [cell(difference(seen["after", kind], seen["before", kind]), "+") for kind in PICTURES]
-        table.append([row, str(len(runs[row])), "added by training", gains[0], gains[1], "", gains[2], ""])
-    return markdown(["row", "seeds", "", "given, %", "none, %", "given - none", "swapped, %", "given - swapped"], table)
+        table.append([row, str(len(runs[row])), "added by training", gains[0], gains[1], "", "", gains[2], "", ""])
+    return markdown(["row", "seeds", "", "given, %", "none, %", "given - none", "right still, %", "swapped, %",
+                     "given - swapped", "right still, %"], table)
+
+
+def survive(given: dict, other: dict) -> float:
+    """Of the problems that are right with their pictures, in percent: those that are right with other ones too."""
+    return 100 * np.mean([other[problem][1] for problem, (_, accuracy) in given.items() if accuracy])
 
 
 def minus(run: dict, other: dict) -> dict:
@@ -685,7 +698,8 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
     for name, (against, _) in TABLES.items():
         parts += [f"## {name}", f"Differences are from the {'row before' if against == 'previous' else 'first row'}.",
                   side_by_side(runs, name, pictures / "build-up.png" if pictures and name == "build-up" else None)]
-    parts += ["## practice", "How far observe is ahead of think after training, in points, by start.", practice(runs)]
+    parts += ["## leads", "How far observe is ahead of think, in points, by start; a lead is taken seed by seed.",
+              leads(runs)]
     parts += ["## levels", "Held-out accuracy after training, by difficulty; means over seeds, with their standard "
               "error.", by_difficulty(runs)]
     parts += ["## stages", "Greedy accuracy on the way, of the held-out problems that are answered at each stage's "
@@ -696,7 +710,8 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
               "from one stage's end to the next.", turnover(runs),
               *(turnover_by_stage(row, runs[row]) for row in STAGED if runs[row])]
     parts += ["## pictures", "Greedy accuracy with the pictures given, none (grey, of the same size) and swapped "
-              "(another problem's of the same shape).", picture_use(runs)]
+              "(another problem's of the same shape); right still: of the problems that are right with their picture.",
+              picture_use(runs)]
     if any(runs[row] for row in FIRST):
         parts += ["## mechanisms", "What weight and bonus do to the advantages A of a group, by its right answers.",
                   mechanisms(runs)]
@@ -707,9 +722,10 @@ def all_tables(runs: dict[str, list[dict]], pictures: Path | None = None, seeds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds of each row, from 0 (some rows have fewer)")
-    parser.add_argument("--held-out", type=int, default=1000, help="held-out problems")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seeds", type=number(int, 1), default=SEEDS,
+                        help="seeds of each row, from 0 (some rows have fewer)")
+    parser.add_argument("--held-out", type=number(int, 1), default=1000, help="held-out problems")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="runs at a time")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tables", action="store_true", help="make no runs, only the tables of those that are kept")
     which.add_argument("--again", choices=ROWS, metavar="ROW", help="forget the runs of a row, kept and in "
@@ -717,6 +733,8 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     if not args.tables:
+        if args.held_out != 1000 and finished():
+            sys.exit(f"{RUNS} is of runs that were asked 1,000 problems: move it away, and all runs are made anew")
         if args.again:
             forget(args.again)
         if not TEST.exists():

@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "assets"), str(ROOT)]
 from pictures import plot_ladder  # noqa: E402
 
-from data import PROMPTS, Processor, Record, load_records, save_records  # noqa: E402
+from data import PROMPTS, Processor, Record, load_records, number, save_records  # noqa: E402
 from rollout import load_policy  # noqa: E402
 
 COLOURS = {"red": (214, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 210), "black": (20, 20, 20)}
@@ -319,7 +319,7 @@ class World:
     start: str = ""  # the model that the cold start goes on from; none: random weights
     families: tuple[str, ...] = FAMILIES  # of the problems that are measured and held out; the cold start shows all
     width: int = 128  # of a model from random weights
-    lean: bool = False  # bf16, and a batch in quarters by length, each padded by itself: half the time
+    lean: bool = False  # bf16, eager attention, a batch in quarters by length, each padded by itself: half the time
 
 
 THE_USUAL = ("problems", 200, Manner(careful=0.25, skip=0.10, forget=0.10, misread=0.01, slip=0.01))
@@ -393,7 +393,8 @@ def cold_start(model, processor: Processor, glyphs: dict, world: World, phase: i
         order = list(range(batch))
         if world.lean:
             order.sort(key=lambda i: len(prompts[i].ids) + len(responses[i]))
-        part, tokens = batch // 4 if world.lean else batch, sum(map(len, responses))
+        part = batch // 4 if world.lean else batch
+        tokens = sum(map(len, responses))
         loss = 0.0  # per token of the whole batch
         for which in (order[i:i + part] for i in range(0, batch, part)):
             inputs = with_responses(processor.collate([prompts[i] for i in which]), [responses[i] for i in which],
@@ -441,8 +442,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", choices=WORLDS, default="toy")
     parser.add_argument("--out", type=Path, help="folder of the world (default: assets/WORLD)")
-    parser.add_argument("--problems", type=int, help="problems measured, of which the ladder is built")
-    parser.add_argument("--held-out", type=int, help="problems of the test set")
+    parser.add_argument("--problems", type=number(int, 1), help="problems measured, of which the ladder is built")
+    parser.add_argument("--held-out", type=number(int, 1), help="problems of the test set")
     args = parser.parse_args()
     world = WORLDS[args.world]
     if not world.problems and (args.problems or args.held_out):
