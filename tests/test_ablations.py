@@ -79,6 +79,21 @@ def test_rows_differ_in_what_they_say():
             assert len(changed(base, other)) == 1, f"{name}: {base} -> {other}"
 
 
+@pytest.mark.parametrize("options, told", [
+    (["--jobs", "0"], "--jobs: "), (["--seeds", "-1"], "--seeds: "), (["--held-out", "0"], "--held-out: "),
+    (["--held-out", "50"], "asked 1,000 problems: move it away")])
+def test_what_cannot_be_meant_is_refused_before_a_run(elsewhere, monkeypatch, capsys, options, told):
+    """No run at a time was a division by zero after an hour of making models; runs that were asked other problems went
+    into one file with the kept ones."""
+    for work in ("make_held_out", "make_grey", "make_runs"):
+        monkeypatch.setattr(ablations, work, lambda *_, work=work: pytest.fail(work))
+    monkeypatch.setattr(ablations, "finished", lambda: {("Observe-R1", 0)})
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *options])
+    with pytest.raises(SystemExit) as stop:
+        ablations.main()
+    assert told in f"{stop.value} {capsys.readouterr().err}"
+
+
 def test_a_stopped_run_is_not_kept(elsewhere, monkeypatch):
     """train.py ends well when it is stopped; half a run would stand in the tables as a whole one."""
     monkeypatch.setattr(ablations, "run", lambda *command, **options: 0)
