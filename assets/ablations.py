@@ -53,6 +53,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
@@ -353,9 +354,16 @@ def write_kept(table: pa.Table) -> None:
 
 def keep(row: str, seed: int) -> None:
     """A finished run's record goes to the others."""
-    table = pa.Table.from_pylist([record_of(row, seed, OUT / name_of(row, seed))])
+    record = record_of(row, seed, OUT / name_of(row, seed))
+    table = pa.Table.from_pylist([record])
     if RUNS.exists():  # (permissive: where a run has no stage, or logs another metric, the column is none, or new)
-        table = pa.concat_tables([pq.read_table(RUNS), table], promote_options="permissive")
+        kept = pq.read_table(RUNS)
+        for other in kept.filter(pc.equal(kept["row"], row)).to_pylist()[:1]:
+            then, now = (answered(each, "before", "greedy") for each in (other, record))
+            if sum(then[problem] != now.get(problem) for problem in then) > len(then) / 50:
+                sys.exit(f"{row}, seed {seed}, in {OUT / name_of(row, seed)} began from another model than the kept "
+                         f"ones (a model made anew is another): make all of them with it, --again {row!r}")
+        table = pa.concat_tables([kept, table], promote_options="permissive")
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     write_kept(table)
 
@@ -517,11 +525,10 @@ def leads(runs: dict[str, list[dict]]) -> str:
         added = [minus(now, then) for now, then in zip(after, before)]
         line = [start, str(len(pairs)), f"{part}, {'T=1' if kind == 'sampled' else kind}"]
         line += [cell(difference(lead, []), "+") for lead in (before[:1], after, added)]  # (before, the seeds are one)
+        theirs = first.get((part, kind)) if problems == TOY else None
+        line += [cell(difference(*two), "+") for two in zip((after, added), theirs)] if theirs else ["-", "-"]
         if start == "the first world's":
             first[part, kind] = after, added
-        theirs = first.get((part, kind)) if problems == TOY else None
-        for lead, base in zip((after, added), theirs or ([], [])):
-            line.append(cell(difference(lead, base), "+") if theirs and lead is not base else "-")
         table.append(line)
     return markdown(["start", "seeds", "of", "before", "after", "added by training", "after, against the first",
                      "added, against the first"], table)
