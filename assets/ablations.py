@@ -18,7 +18,8 @@ What the tables are made of is kept in assets/ablations/runs.parquet, a record a
     settings       its settings.json
     environment    its environment.json: commit, versions, machine
     scores         its scores.json: before and after training, greedy and sampled, without the single problems
-    steps          a list of {step, stage, reward, accuracy, signal, ...}: its metrics.jsonl, in six digits
+    steps          a list of {step, stage, reward, accuracy, signal, ...}: its metrics.jsonl, in six digits (times in
+                   three)
     answers        a list of {step, sampling, problem, difficulty, accuracy}: the held-out problems before and after
                    training, greedy and sampled; at each stage's end some of them, greedy
     groups         a list of {accuracy, format, tokens}, each a list over responses: the groups that were logged, two a
@@ -403,7 +404,15 @@ def record_of(row: str, seed: int, folder: Path) -> dict:
                          for problem, accuracy in summary["by_problem"].items()]
     return {"row": row, "seed": seed, "pictures": pictures, "settings": (folder / "settings.json").read_text(),
             "environment": (folder / "environment.json").read_text(), "scores": json.dumps(scores),
-            "steps": [line for line in metrics if "reward" in line], "answers": answers, "groups": groups}
+            "steps": [with_short_times(line) for line in metrics if "reward" in line], "answers": answers,
+            "groups": groups}
+
+
+def with_short_times(step: dict) -> dict:
+    """A step's times in three digits: in six they are a third of the file, and say no more."""
+    times = {name: float(f"{value:.3g}") for name, value in step.items()
+             if name.startswith(("seconds_", "tokens_per_second")) and value is not None}
+    return step | times
 
 
 def read_lines(file: Path) -> list[dict]:
