@@ -359,7 +359,7 @@ def keep(row: str, seed: int) -> None:
     table = pa.Table.from_pylist([record])
     if RUNS.exists():  # (permissive: where a run has no stage, or logs another metric, the column is none, or new)
         kept = pq.read_table(RUNS)
-        for other in kept.filter(pc.equal(kept["row"], row)).to_pylist()[:1]:
+        for other in kept.filter(pc.equal(kept["row"], row)).slice(0, 1).to_pylist():
             then, now = (answered(each, "before", "greedy") for each in (other, record))
             if sum(then[problem] != now.get(problem) for problem in then) > len(then) / 50:
                 sys.exit(f"{row}, seed {seed}, in {OUT / name_of(row, seed)} began from another model than the kept "
@@ -373,7 +373,7 @@ def forget(row: str) -> None:
     """A row's runs, kept or not, so that they are made anew."""
     if RUNS.exists():
         table = pq.read_table(RUNS)
-        write_kept(table.filter(pa.array([name != row for name in table["row"].to_pylist()])))
+        write_kept(table.filter(pc.not_equal(table["row"], row)))
     name = re.sub(r"\d+$", "*", name_of(row, 0))
     for folder in [*OUT.glob(name), *OUT.glob(f"pictures-{name}")]:  # (the logs beside them too)
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
@@ -518,34 +518,35 @@ def leads(runs: dict[str, list[dict]]) -> str:
 
     A lead is taken seed by seed, and what lies between two of them by problem.
     """
+    sums = {problems: {record.id for record in load_records(str(held_out)) if record.source == "toy/sum"}
+            for problems, held_out in ((TOY, HELD_OUT), (STEEP, STEEP / "test.parquet"))}
     first, table = {}, []
-    for start, part, kind in itertools.product(LEADS, ("all", "sums"), ("sampled", "greedy")):
+    for start, rows in LEADS.items():
         problems = WORLDS.get(start, TOY)
-        only = None
-        if part == "sums":
-            held_out = HELD_OUT if problems == TOY else problems / "test.parquet"
-            only = {record.id for record in load_records(str(held_out)) if record.source == "toy/sum"}
-        observe, think = (runs[row] for row in LEADS[start])
+        observe, think = (runs[row] for row in rows)
         pairs = [(one, other) for one in observe for other in think if one["seed"] == other["seed"]]
         if not pairs:
             continue
-        before, after = ([minus(*(answered(record, end, kind, only) for record in pair)) for pair in pairs]
-                         for end in ("before", "after"))
-        added = [minus(now, then) for now, then in zip(after, before)]
-        line = [start, str(len(pairs)), f"{part}, {'T=1' if kind == 'sampled' else kind}"]
-        line += [cell(difference(lead, []), "+") for lead in (before[:1], after, added)]  # (before, the seeds are one)
-        theirs = first.get((part, kind)) if problems == TOY else None
-        line += [cell(difference(*two), "+") for two in zip((after, added), theirs)] if theirs else ["-", "-"]
-        if start == "the first world's":
-            first[part, kind] = after, added
-        table.append(line)
+        for part, kind in itertools.product(("all", "sums"), ("sampled", "greedy")):
+            only = sums[problems] if part == "sums" else None
+            before, after = ([minus(*(answered(record, end, kind, only) for record in pair)) for pair in pairs]
+                             for end in ("before", "after"))
+            added = [minus(now, then) for now, then in zip(after, before)]
+            line = [start, str(len(pairs)), f"{part}, {'T=1' if kind == 'sampled' else kind}"]
+            line += [cell(difference(lead, []), "+") for lead in (before[:1], after, added)]  # (before, seeds are one)
+            theirs = first.get((part, kind)) if problems == TOY else None
+            line += [cell(difference(*two), "+") for two in zip((after, added), theirs)] if theirs else ["-", "-"]
+            if start == "the first world's":
+                first[part, kind] = after, added
+            table.append(line)
     return markdown(["start", "seeds", "of", "before", "after", "added by training", "after, against the first",
                      "added, against the first"], table)
 
 
 def answered(record: dict, end: str, kind: str, only: set[str] | None = None) -> dict[str, tuple[str, float]]:
     """As compare.difference wants it: what a run's problems came to before or after training, all or some."""
-    step = dict(zip(("before", "after"), ends_of(record)))[end]
+    first, last = ends_of(record)
+    step = first if end == "before" else last
     return {a["problem"]: (a["problem"], a["accuracy"]) for a in record["answers"]
             if (a["step"], a["sampling"]) == (step, kind) and (only is None or a["problem"] in only)}
 

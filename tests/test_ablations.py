@@ -488,12 +488,14 @@ def evidence(name: str) -> dict[str, list[str]]:
 
 
 def test_the_readmes_show_what_the_runs_came_to():
-    """Numbers in a README outlive the runs that they came from: each row must be that of the table, some of whose last
-    columns may be left out. (Numbers in sentences are checked by nobody.)"""
+    """Numbers in a README outlive the runs that they came from: each row must be that of the table. The main README
+    may have some of the rows, and the first of their columns. (Numbers in sentences are checked by nobody.)"""
     tables = [evidence(name) for name in ablations.TABLES if name not in ("order", "control", "constant-lr")]
     told = cells((ablations.KEPT / "README.md").read_text())
-    shown = [line[0] for line in told]
-    assert all(row in shown for table in tables for row in table)
+    for table in tables:
+        for row, wanted in table.items():
+            shown = [line[2:] for line in told if line[0] == row]
+            assert wanted in shown or wanted[:-1] in shown, f"{row}: {wanted}"  # (minutes may be left out)
     looks, leads = ({tuple(line) for line in cells(section(name))} for name in ("pictures", "leads"))
     for line in told + cells((ROOT / "README.md").read_text()):
         of_the_row = [table[line[0]] for table in tables if line[0] in table]
@@ -504,9 +506,10 @@ def test_the_readmes_show_what_the_runs_came_to():
         else:
             assert not of_the_row or line[2:] in [wanted[:len(line) - 2] for wanted in of_the_row], line
     by_level = {line[0]: line[1:4] for line in cells(section("levels"))}
-    for name, row in {"control": "rejection sampling", "Observe-R1, random order": "Observe-R1 random", "Observe-R1, "
-                      "ladder": "Observe-R1", "Observe-R1, sorted": "Observe-R1 sorted", "Observe-R1, hard to easy":
-                      "Observe-R1 reversed"}.items():
+    called = {"control": "rejection sampling", "Observe-R1, random order": "Observe-R1 random",
+              "Observe-R1, ladder": "Observe-R1", "Observe-R1, sorted": "Observe-R1 sorted",
+              "Observe-R1, hard to easy": "Observe-R1 reversed"}
+    for name, row in called.items():
         assert [name, *by_level[row]] in told
 
 
